@@ -1,0 +1,53 @@
+"""What passes between the stages: files with a kind and a hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpuopt.storage import list_files, sha256_file, sha256_json
+
+ONNX_FILE = "model.onnx"
+"""Every ONNX artifact is a folder with this file, and its external data beside it if it has any."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of files that a stage made.
+
+    Attributes:
+        kind: what it is, by name: `samples`, `onnx`, `reference`, `ranges`, `engine`, `verification`.
+        path: the folder.
+        sha256: hash over the relative paths and contents of its files.
+    """
+
+    kind: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What a stage says beside the files it wrote.
+
+    Attributes:
+        facts: for the report; JSON values only.
+        warnings: one line each, for the report and the terminal.
+        dependencies: files of the user's own code that the result depends on.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    dependencies: tuple[str, ...] = ()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """Relative path to SHA-256 of every file below `folder`."""
+    return {str(path.relative_to(folder)): sha256_file(path) for path in list_files(folder)}
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over all files below `folder`."""
+    return sha256_json(folder_hashes(folder))

@@ -1,0 +1,101 @@
+"""The bundle: everything a machine without PyTorch needs to run, build, verify and trace a model.
+
+model.onnx                    what is deployed to ONNX Runtime, and what the engines are built from
+model.<target>.engine         serialized engines
+calibration.ranges.json       INT8 ranges, readable
+reference/                    inputs and the original model's outputs at every profile corner
+recipe.yaml                   the resolved recipe
+report.json, report.md        what happened
+manifest.json                 SHA-256 of every file above, tools, machine, command line
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpuopt.artifact import folder_hashes
+from gpuopt.errors import StorageError, UsageError
+from gpuopt.storage import publish_folder, scratch_folder, storage_errors, write_json, write_text
+
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+MANIFEST_VERSION = 1
+
+
+def check_destination(folder: Path) -> None:
+    """Refuse an output folder that cannot be written or holds something else than a bundle.
+
+    Raises:
+        UsageError: the folder exists and is no bundle.
+        StorageError: it cannot be written.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"{folder} exists and is not a folder", "Choose another --output.")
+    with storage_errors("write", folder):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
+            raise UsageError(
+                f"{folder} holds files and is not a gpuopt bundle", "Choose an empty or new folder with --output."
+            )
+    with scratch_folder(folder.parent, folder.name):
+        pass
+
+
+def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, str], about: Mapping[str, Any]) -> None:
+    """Put a bundle together beside `destination` and make it appear there in one step.
+
+    Args:
+        files: file or folder to copy, by its name in the bundle.
+        documents: texts, by name.
+        about: further content of the manifest; JSON values.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; the old bundle stays whole.
+    """
+    with scratch_folder(destination.parent, destination.name) as scratch:
+        staged = scratch / "bundle"
+        with storage_errors("write", destination):
+            staged.mkdir()
+            for name, source in files.items():
+                if source.is_dir():
+                    shutil.copytree(source, staged / name)
+                else:
+                    shutil.copyfile(source, staged / name)
+        for name, text in documents.items():
+            write_text(staged / name, text)
+        with storage_errors("read", staged):
+            hashes = folder_hashes(staged)
+        write_json(staged / MANIFEST_FILE, {"manifest_version": MANIFEST_VERSION, **about, "files": hashes})
+        publish_folder(staged, destination)
+
+
+def open_bundle(folder: Path) -> dict[str, Any]:
+    """Read a bundle's manifest after checking every file's hash against it.
+
+    Raises:
+        StorageError: no bundle, a missing, changed or unlisted file.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise StorageError(
+            f"{folder} is not a gpuopt bundle: it has no {MANIFEST_FILE}", "Name a folder that 'gpuopt compile' wrote."
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        expected = dict(manifest["files"])
+        if manifest["manifest_version"] != MANIFEST_VERSION:
+            raise ValueError(f"manifest version {manifest['manifest_version']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}", "Copy the bundle again.") from error
+    with storage_errors("read", folder):
+        actual = folder_hashes(folder)
+    actual.pop(MANIFEST_FILE, None)
+    for name in sorted({*expected, *actual}):
+        if expected.get(name) != actual.get(name):
+            state = "is missing" if name not in actual else "changed" if name in expected else "is not in the manifest"
+            raise StorageError(f"bundle {folder}: {name} {state}", "Copy the bundle again, or compile again.")
+    result: dict[str, Any] = manifest
+    return result

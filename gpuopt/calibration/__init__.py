@@ -1,0 +1,1 @@
+"""Calibration: readers of samples, streaming collectors, the choice of ranges."""

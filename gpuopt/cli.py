@@ -1,0 +1,290 @@
+"""The command line: parse, call, print, exit code. No logic."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpuopt import __version__
+from gpuopt.errors import INTERRUPTED_EXIT_CODE, GpuoptError
+
+if TYPE_CHECKING:
+    from gpuopt.compile import Outcome
+    from gpuopt.progress import Progress
+
+app = typer.Typer(
+    name="gpuopt",
+    help="From a PyTorch model to a verified INT8 or FP16 inference engine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class PrecisionChoice(str, Enum):
+    int8 = "int8"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class TargetChoice(str, Enum):
+    tensorrt_rtx = "tensorrt-rtx"
+    tensorrt = "tensorrt"
+    onnxruntime = "onnxruntime"
+
+
+class MethodChoice(str, Enum):
+    entropy = "entropy"
+    minmax = "minmax"
+    percentile = "percentile"
+    mse = "mse"
+
+
+class FormatChoice(str, Enum):
+    qdq = "qdq"
+    qoperator = "qoperator"
+
+
+_debug = False
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; errors only.")]
+VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also show the facts of every stage on stderr.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gpuopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def compile(  # noqa: A001 - the command's name
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
+    ] = None,
+    precision: Annotated[PrecisionChoice | None, typer.Option("--precision", "-p", help="[default: int8]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL.gpuopt beside the model]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; flags are laid over it.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key: build.target=onnxruntime.")
+    ] = None,
+    target: Annotated[
+        list[TargetChoice] | None,
+        typer.Option("--target", "-t", help="Repeatable. [default: TensorRT with a GPU, else TensorRT-RTX]"),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compute-capability", metavar="X.Y", help="TensorRT-RTX GPUs, repeatable. [default: 8.0 and newer]"
+        ),
+    ] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODULE:FACTORY", help="Code of the model whose weights the file holds."),
+    ] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Let the model file run the code it carries.")
+    ] = False,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
+    ] = None,
+    min_shapes: Annotated[list[str] | None, typer.Option("--min-shapes", metavar="NAME:SHAPE,...")] = None,
+    opt_shapes: Annotated[list[str] | None, typer.Option("--opt-shapes", metavar="NAME:SHAPE,...")] = None,
+    max_shapes: Annotated[list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...")] = None,
+    calibration_data: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration-data",
+            "-c",
+            help=".npz, folder of .npy / .npz / images, Polygraphy JSON, or package.module:callable. "
+            "[default: calibration.npz or calibration/ beside the model]",
+        ),
+    ] = None,
+    calibration_method: Annotated[
+        MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")
+    ] = None,
+    calibration_samples: Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")] = None,
+    random_calibration: Annotated[
+        bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
+    ] = False,
+    quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
+    ] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="[default: 20; 17 for TensorRT 8.5]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
+    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
+    cache_dir: CacheOption = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Compile a model: export, quantize, build engines, verify, report."""
+    from gpuopt import request
+
+    flags = request.Flags(
+        model=model,
+        factory=factory,
+        trust_pickle=trust_pickle,
+        precision=_value(precision),
+        output=output,
+        target=tuple(t.value for t in target or ()),
+        compute_capability=tuple(compute_capability or ()),
+        inputs=tuple(inputs or ()),
+        min_shapes=tuple(min_shapes or ()),
+        opt_shapes=tuple(opt_shapes or ()),
+        max_shapes=tuple(max_shapes or ()),
+        calibration_data=calibration_data,
+        calibration_method=_value(calibration_method),
+        calibration_samples=calibration_samples,
+        random_calibration=random_calibration,
+        quant_format=_value(quant_format),
+        min_cosine=min_cosine,
+        opset=opset,
+    )
+    chosen = request.recipe(recipe, flags, settings or [])
+    if dry_run:
+        typer.echo(request.describe(chosen, as_json), nl=False)
+        return
+    from gpuopt.compile import compile_model
+
+    with request.open_cache(cache_dir, no_cache) as cache:
+        outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
+    _finish(outcome, as_json, quiet, verbose)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Check a bundle's hashes and its outputs against the stored reference, here."""
+    from gpuopt.compile import verify_bundle
+
+    _finish(verify_bundle(bundle, _progress(quiet), sys.argv), as_json, quiet, verbose)
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Show what is installed and what each target still needs, with the command."""
+    from gpuopt import request
+
+    typer.echo(request.doctor(as_json), nl=False)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything in the cache.")] = False,
+    cache_dir: CacheOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where the stage cache lies and how large it is, or clear it."""
+    from gpuopt import request
+
+    typer.echo(request.cache_state(cache_dir, clear, as_json), nl=False)
+
+
+def _value(choice: Enum | None) -> str | None:
+    return str(choice.value) if choice else None
+
+
+def _progress(quiet: bool) -> Progress:
+    from gpuopt.progress import choose
+
+    return choose(quiet)
+
+
+def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:
+    from gpuopt.report import terminal
+
+    if verbose:
+        typer.echo(terminal.render_facts(outcome.report), err=True)
+    if as_json:
+        typer.echo(outcome.report.model_dump_json(indent=2))
+    elif outcome.error is None and not quiet:
+        typer.echo(terminal.render(outcome.report))
+    if outcome.error is not None:
+        if not quiet and outcome.report.stages:
+            typer.echo(f"report: {outcome.report.bundle}/report.md", err=True)
+        raise outcome.error
+
+
+def main() -> None:
+    """Entry point: runs a command and ends the process with its documented exit code."""
+    try:
+        sys.exit(_run())
+    except BrokenPipeError:
+        # The reader of stdout has gone; Python would complain once more while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run() -> int:
+    import signal
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except GpuoptError as error:
+        return _report_error(error, error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("gpuopt: interrupted; nothing half-written is left", err=True)
+        return INTERRUPTED_EXIT_CODE
+    except SystemExit as exit_request:
+        code: Any = exit_request.code
+        return int(code or 0)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        problem = GpuoptError(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
+        )
+        problem.__cause__ = error
+        return _report_error(problem, problem.exit_code)
+    return 0
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _report_error(error: GpuoptError, code: int) -> int:
+    from gpuopt.report.terminal import render_error
+
+    typer.echo(render_error(error.kind, error.message, error.hint), err=True)
+    if _debug:
+        import traceback
+
+        traceback.print_exception(error)
+    return code

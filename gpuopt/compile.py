@@ -1,0 +1,316 @@
+"""`gpuopt compile` and `gpuopt verify` without their command line: a recipe in, a bundle and a report out."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpuopt
+from gpuopt import bundle, environment
+from gpuopt.artifact import ONNX_FILE
+from gpuopt.cache import Cache
+from gpuopt.errors import AccuracyError, GpuoptError, StorageError
+from gpuopt.pipeline import Runner, Sources, check_request, model_sha256
+from gpuopt.progress import Progress
+from gpuopt.recipe import Recipe, resolve
+from gpuopt.report.markdown import render as render_markdown
+from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
+from gpuopt.storage import sha256_file, storage_errors
+
+_NOT_RUN_HERE = {
+    "tensorrt-rtx": "built ahead of time; needs an RTX GPU to run",
+    "tensorrt": "not run on this machine",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends in; `error` is None if it passed."""
+
+    report: Report
+    error: GpuoptError | None
+
+
+def bundle_folder(recipe: Recipe) -> Path:
+    """Where the bundle goes: the recipe's folder, else `<model>.gpuopt` beside the model."""
+    if recipe.output.directory:
+        return Path(recipe.output.directory)
+    if recipe.model.path:
+        path = Path(recipe.model.path)
+        return path.with_name(f"{path.stem}.gpuopt")
+    return Path(f"{(recipe.model.factory or 'model').rpartition(':')[2]}.gpuopt")
+
+
+def failed_folder(destination: Path) -> Path:
+    """Where the report of a failed run goes, so that the bundle folder only ever holds a whole bundle."""
+    return destination.with_name(destination.name + ".failed")
+
+
+def with_defaults(recipe: Recipe) -> tuple[Recipe, Sources]:
+    """The recipe with targets, folders and calibration data decided, all paths absolute."""
+    from gpuopt.calibration.readers import find_beside
+
+    data = recipe.calibrate.data
+    if data is None and recipe.model.path and not recipe.calibrate.random:
+        beside = find_beside(Path(recipe.model.path))
+        data = str(beside) if beside else None
+    if data is not None and Path(data).exists():
+        data = str(Path(data).resolve())
+    targets = recipe.build.target
+    if not targets:
+        only_here = recipe.quantize.format == "qoperator"
+        targets = ("onnxruntime",) if only_here else environment.default_targets()  # type: ignore[assignment]
+    elif "onnxruntime" not in targets:
+        targets = (*targets, "onnxruntime")
+    tree = recipe.model_dump(mode="json", exclude_unset=False)
+    tree["build"] = {**recipe.build.model_dump(mode="json"), "target": list(dict.fromkeys(targets))}
+    tree["calibrate"] = {**recipe.calibrate.model_dump(mode="json"), "data": data}
+    tree["output"] = {"directory": str(bundle_folder(recipe).absolute())}
+    if recipe.model.path:
+        tree["model"] = {**recipe.model.model_dump(mode="json"), "path": str(Path(recipe.model.path).absolute())}
+    return resolve(tree), Sources(data)
+
+
+def compile_model(
+    recipe: Recipe, cache: Cache, progress: Progress, command: Sequence[str], explain: bool = False
+) -> Outcome:
+    """Run the pipeline and write the bundle, or the report of the failure.
+
+    Args:
+        recipe: as the user wrote it; what it leaves open is decided here.
+        command: the command line, for the report.
+        explain: whether the progress lines say why each stage ran.
+    """
+    started = time.monotonic()
+    recipe, sources = with_defaults(recipe)
+    destination = bundle_folder(recipe)
+    runner: Runner | None = None
+    error: GpuoptError | None = None
+    try:
+        bundle.check_destination(destination)
+        check_request(recipe, sources)
+        runner = Runner(recipe, sources, cache, progress, str(destination), explain)
+        runner.run()
+        error = _verdict(runner)
+    except GpuoptError as failure:
+        error = failure
+    report = _report(recipe, runner, error, command, time.monotonic() - started)
+    try:
+        _write(destination if error is None else failed_folder(destination), recipe, runner, report)
+        if error is None:
+            shutil.rmtree(failed_folder(destination), ignore_errors=True)
+    except GpuoptError as failure:
+        if error is None:
+            error = failure
+            report = _report(recipe, runner, error, command, time.monotonic() - started)
+        else:
+            progress.warn(f"the report was not written: {failure.message}")
+    return Outcome(report, error)
+
+
+def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> Outcome:
+    """Check a bundle's hashes and run its ONNX against its reference again; the bundle is not changed.
+
+    Raises:
+        StorageError: the bundle is damaged.
+        RequirementError: ONNX Runtime is missing.
+    """
+    import yaml
+
+    from gpuopt import reference
+
+    started = time.monotonic()
+    manifest = bundle.open_bundle(folder)
+    environment.require("onnxruntime", "verifying a bundle")
+    from gpuopt.stages.verify import check
+
+    with storage_errors("read", folder / "recipe.yaml"):
+        recipe = resolve(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    stored = reference.load(folder / "reference")
+    with progress.stage("verify"):
+        result = check(folder / ONNX_FILE, stored, recipe.verify, recipe.precision)
+    error = None if result["passed"] else AccuracyError(result["failures"][0], _ACCURACY_HINT)
+    with storage_errors("read", folder / bundle.REPORT_FILE):
+        before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
+    seconds = time.monotonic() - started
+    stage = StageReport(
+        name="verify", target=None, cached=False, reason="asked for", seconds=round(seconds, 3), facts=result
+    )
+    report = before.model_copy(
+        update={
+            "command": list(command),
+            "created": _now(),
+            "gpuopt_version": gpuopt.__version__,
+            "status": "failed" if error else "passed",
+            "error": _failure(error, "verify"),
+            "bundle": str(folder.absolute()),
+            "stages": [stage],
+            "engines": [
+                engine.model_copy(update={"status": "verified" if result["passed"] else "failed"})
+                if engine.target == "onnxruntime"
+                else engine.model_copy(update={"status": "built"})
+                for engine in before.engines
+            ],
+            "verification": result,
+            "warnings": [],
+            "environment": environment.describe(),
+            "seconds": round(seconds, 3),
+        }
+    )
+    progress.line(f"{len(manifest['files'])} files match the manifest")
+    return Outcome(report, error)
+
+
+_ACCURACY_HINT = (
+    "See the report's accuracy table. For INT8: more or better calibration data, another calibrate.method,\n"
+    "or --precision fp16. A looser limit: --min-cosine."
+)
+
+
+def _verdict(runner: Runner) -> GpuoptError | None:
+    verification = next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
+    if verification is None or verification["passed"]:
+        return None
+    failures = verification["failures"]
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return AccuracyError(failures[0] + more, _ACCURACY_HINT)
+
+
+def _report(
+    recipe: Recipe, runner: Runner | None, error: GpuoptError | None, command: Sequence[str], seconds: float
+) -> Report:
+    results = runner.results if runner else []
+    at_work = runner.at_work.label if runner and runner.at_work else None
+    if isinstance(error, AccuracyError):
+        at_work = "verify"
+    facts: dict[str, Any] = {}
+    for result in results:
+        facts.update({result.step.stage.name: result.entry.facts})
+    try:
+        digest = model_sha256(Path(recipe.model.path)) if recipe.model.path else None
+    except StorageError:
+        digest = None
+    return Report(
+        command=list(command),
+        gpuopt_version=gpuopt.__version__,
+        created=_now(),
+        status="failed" if error else "passed",
+        error=_failure(error, at_work),
+        model=ModelReport(
+            path=recipe.model.path,
+            factory=recipe.model.factory,
+            kind=facts.get("export", {}).get("model_kind"),
+            sha256=digest,
+        ),
+        precision=recipe.precision,
+        bundle=str(bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe))),
+        stages=[
+            StageReport(
+                name=result.step.stage.name,
+                target=result.step.target or None,
+                cached=result.cached,
+                reason=result.reason,
+                seconds=result.entry.seconds,
+                facts=dict(result.entry.facts),
+            )
+            for result in results
+        ],
+        engines=_engines(runner) if runner else [],
+        verification=dict(facts["verify"]) if "verify" in facts else None,
+        warnings=[warning for result in results for warning in result.entry.warnings],
+        environment=environment.describe(),
+        seconds=round(seconds, 3),
+    )
+
+
+def _engines(runner: Runner) -> list[EngineReport]:
+    engines = []
+    verification = next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
+    for result in runner.results:
+        if result.step.stage.name != "build":
+            continue
+        facts = result.entry.facts
+        artifact = result.entry.artifacts["engine"]
+        engines.append(
+            EngineReport(
+                target=facts["target"],
+                file=facts["file"],
+                size_bytes=facts["size_bytes"],
+                sha256=sha256_file(artifact.path / facts["file"]),
+                status="built",
+                library_version=facts["library_version"],
+                note=_NOT_RUN_HERE[facts["target"]],
+            )
+        )
+    graph = runner.artifact("onnx")
+    finished = {result.step.stage.name for result in runner.results}
+    if graph is not None and (verification is not None or "build" in finished or runner.at_work is None):
+        path = graph.path / ONNX_FILE
+        status = "built" if verification is None else "verified" if verification["passed"] else "failed"
+        engines.append(
+            EngineReport(
+                target="onnxruntime",
+                file=ONNX_FILE,
+                size_bytes=sum(p.stat().st_size for p in graph.path.iterdir()),
+                sha256=sha256_file(path),
+                status=status,  # type: ignore[arg-type]
+                library_version=environment.version_of("onnxruntime")
+                or environment.version_of("onnxruntime-gpu")
+                or "",
+                note="",
+            )
+        )
+    return engines
+
+
+def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Report) -> None:
+    files: dict[str, Path] = {}
+    whole = runner is not None and runner.at_work is None
+    if runner is not None and whole:
+        graph, stored = runner.artifact("onnx"), runner.artifact("reference")
+        ranges = runner.artifact("ranges")
+        if graph and stored:
+            files.update({path.name: path for path in graph.path.iterdir()})
+            files["reference"] = stored.path
+        if ranges:
+            files["calibration.ranges.json"] = ranges.path / "ranges.json"
+        for result in runner.results:
+            if result.step.stage.name == "build":
+                name = result.entry.facts["file"]
+                files[name] = result.entry.artifacts["engine"].path / name
+    documents = {
+        "recipe.yaml": recipe.to_yaml(),
+        bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
+        "report.md": render_markdown(report),
+    }
+    about = {
+        "gpuopt_version": report.gpuopt_version,
+        "created": report.created,
+        "command": report.command,
+        "status": report.status,
+        "model": report.model.model_dump(mode="json"),
+        "precision": report.precision,
+        "targets": [
+            {"target": e.target, "file": e.file, "library_version": e.library_version, "note": e.note}
+            for e in report.engines
+        ],
+        "environment": report.environment,
+    }
+    if destination.exists() and not (destination / bundle.MANIFEST_FILE).exists() and any(destination.iterdir()):
+        raise StorageError(f"{destination} holds files of another origin", "Move them away.")
+    bundle.write(destination, files, documents, about)
+
+
+def _failure(error: GpuoptError | None, stage: str | None) -> Failure | None:
+    if error is None:
+        return None
+    return Failure(kind=error.kind, exit_code=error.exit_code, message=error.message, hint=error.hint, stage=stage)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

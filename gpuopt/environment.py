@@ -1,0 +1,181 @@
+"""What this machine has: packages, GPU and driver, and what each target still needs."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gpuopt.errors import RequirementError
+
+CORE_PACKAGES = ("numpy", "onnx", "pydantic", "PyYAML", "rich", "typer")
+EXPORT_PACKAGES = ("torch", "onnxscript", "onnxslim", "safetensors")
+RUNTIME_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "pycuda",
+    "cuda-bindings",
+    "pillow",
+)
+
+_INSTALL = {
+    "torch": "pip install torch",
+    "onnxscript": "pip install onnxscript",
+    "onnxslim": "pip install onnxslim",
+    "safetensors": "pip install safetensors",
+    "onnxruntime": "pip install onnxruntime (with an NVIDIA GPU: onnxruntime-gpu instead)",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13 (x86-64 Linux or Windows)",
+    "tensorrt": "pip install tensorrt (needs an NVIDIA GPU and its driver to build)",
+    "PIL": "pip install pillow",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """Whether a target can be built here, and what it still needs; each need carries its command."""
+
+    target: str
+    ready: bool
+    needs: tuple[str, ...]
+    note: str
+
+
+def has_module(name: str) -> bool:
+    """Whether a top-level module can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a distribution."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require(module: str, purpose: str) -> None:
+    """Refuse to start what would fail later for want of a package.
+
+    Raises:
+        RequirementError: with the command that installs it.
+    """
+    if not has_module(module):
+        raise RequirementError(
+            f"{purpose} needs the Python package '{module}', which is not installed",
+            f"Install it: {_INSTALL.get(module, f'pip install {module}')}. 'gpuopt doctor' shows everything.",
+        )
+
+
+def gpus() -> list[Gpu]:
+    """CUDA devices that the driver reports; empty without a driver. Creates no CUDA context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    found = []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name = ctypes.create_string_buffer(256)
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, len(name), device)
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver API.
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        found.append(Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}"))
+    return found
+
+
+def target_states() -> list[TargetState]:
+    """Every target with what it still needs here."""
+    devices = gpus()
+    runtime = has_module("onnxruntime")
+    states = [
+        TargetState(
+            "onnxruntime",
+            runtime,
+            () if runtime else (f"onnxruntime: {_INSTALL['onnxruntime']}",),
+            "runs here, on the CPU" if not devices else "runs here",
+        )
+    ]
+    rtx = has_module("tensorrt_rtx")
+    states.append(
+        TargetState(
+            "tensorrt-rtx",
+            rtx,
+            () if rtx else (f"tensorrt_rtx: {_INSTALL['tensorrt_rtx']}",),
+            "builds ahead of time, without a GPU; its engines run on GeForce and workstation RTX GPUs",
+        )
+    )
+    needs = []
+    if not has_module("tensorrt"):
+        needs.append(f"tensorrt: {_INSTALL['tensorrt']}")
+    if not devices:
+        needs.append("an NVIDIA GPU with its driver: TensorRT builds on the GPU it builds for")
+    states.append(TargetState("tensorrt", not needs, tuple(needs), "builds for the GPU of this machine"))
+    return states
+
+
+def default_targets() -> tuple[str, ...]:
+    """TensorRT where it and a GPU are present, else TensorRT-RTX; ONNX Runtime always."""
+    ready = {state.target for state in target_states() if state.ready}
+    engine = next((target for target in ("tensorrt", "tensorrt-rtx") if target in ready), None)
+    return (engine, "onnxruntime") if engine else ("onnxruntime",)
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Refuse targets that cannot be built here before any work is done.
+
+    Raises:
+        RequirementError: says what to install.
+    """
+    states = {state.target: state for state in target_states()}
+    for target in targets:
+        state = states[target]
+        if not state.ready:
+            raise RequirementError(
+                f"target {target} cannot be built here: {state.needs[0]}",
+                f"Targets that can: {', '.join(s.target for s in states.values() if s.ready) or 'none'}.",
+            )
+
+
+def describe() -> dict[str, Any]:
+    """Python, platform, package versions and GPUs, for reports and manifests."""
+    names = (*CORE_PACKAGES, *EXPORT_PACKAGES, *RUNTIME_PACKAGES)
+    versions = {name: version_of(name) for name in names}
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: version for name, version in versions.items() if version},
+        "gpus": [asdict(gpu) for gpu in gpus()],
+    }
+
+
+def install_hint(module: str) -> str:
+    """The command that installs a module's package."""
+    return _INSTALL.get(module, f"pip install {module}")
+
+
+def python_is_supported() -> bool:
+    """Whether this Python is one that gpuopt is tested on."""
+    return (3, 10) <= sys.version_info[:2] <= (3, 13)

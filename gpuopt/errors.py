@@ -1,0 +1,105 @@
+"""Every failure a user can meet: what happened, where, and what to do next.
+
+Each kind has one exit code, the same in every command. The table in README.md lists them and a
+test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GpuoptError(Exception):
+    """A failure with a message for the user.
+
+    Args:
+        message: what happened and where, one line, no trailing full stop.
+        hint: what to do next, at most two lines.
+    """
+
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GpuoptError):
+    """A flag, a recipe key or a combination of them is wrong."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class ModelError(GpuoptError):
+    """The model cannot be read: truncated, of an unknown kind, or not trusted to run code."""
+
+    exit_code = 3
+    kind = "model"
+
+
+class DataError(GpuoptError):
+    """Calibration or input data is missing, of the wrong shape or dtype, or holds NaN."""
+
+    exit_code = 4
+    kind = "data"
+
+
+class ExportError(GpuoptError):
+    """No exporter turned the model into an ONNX graph that computes the same."""
+
+    exit_code = 5
+    kind = "export"
+
+
+class QuantizationError(GpuoptError):
+    """The graph could not be calibrated, quantized or cast."""
+
+    exit_code = 6
+    kind = "quantization"
+
+
+class BuildError(GpuoptError):
+    """A backend refused to build the engine."""
+
+    exit_code = 7
+    kind = "build"
+
+
+class AccuracyError(GpuoptError):
+    """The deployed model is too far from PyTorch's outputs."""
+
+    exit_code = 8
+    kind = "accuracy"
+
+
+class RequirementError(GpuoptError):
+    """A package, a driver or a GPU that the request needs is not there."""
+
+    exit_code = 9
+    kind = "environment"
+
+
+class StorageError(GpuoptError):
+    """A file or folder cannot be read or written: permissions, a full disk, a damaged bundle."""
+
+    exit_code = 10
+    kind = "storage"
+
+
+INTERRUPTED_EXIT_CODE = 130
+
+KINDS: tuple[type[GpuoptError], ...] = (
+    GpuoptError,
+    UsageError,
+    ModelError,
+    DataError,
+    ExportError,
+    QuantizationError,
+    BuildError,
+    AccuracyError,
+    RequirementError,
+    StorageError,
+)

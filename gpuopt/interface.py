@@ -1,0 +1,199 @@
+"""Which inputs a model is compiled for: names, dtypes and shape profiles.
+
+Flags and recipe come first, then what the model states of itself, then the calibration data.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpuopt import reference
+from gpuopt.errors import UsageError
+from gpuopt.recipe import InputSection, Recipe
+from gpuopt.shapes import Profile, ShapeRange, TensorSpec, corners, format_shape
+
+
+@dataclass(frozen=True)
+class StatedInput:
+    """What a model says of one of its inputs.
+
+    Attributes:
+        spec: dtype and shape as the model writes it, dynamic sizes as strings.
+        range: shapes that the model takes; None if it leaves a dimension open.
+        unbounded: dynamic axes of `range` whose largest size is a default, not the model's word.
+    """
+
+    spec: TensorSpec
+    range: ShapeRange | None
+    unbounded: tuple[int, ...] = ()
+
+    def admits(self, wanted: ShapeRange) -> bool:
+        """Whether the model takes the wanted shapes."""
+        if len(self.spec.shape) != len(wanted.min):
+            return False
+        for axis, size in enumerate(self.spec.shape):
+            low, high = wanted.min[axis], wanted.max[axis]
+            if isinstance(size, int):
+                if not low == high == size:
+                    return False
+            elif self.range is not None:
+                bounded = axis not in self.unbounded
+                if low < self.range.min[axis] or (bounded and high > self.range.max[axis]):
+                    return False
+        return True
+
+
+@dataclass(frozen=True)
+class ResolvedInputs:
+    """Inputs with every dynamic axis named, and the profiles.
+
+    Attributes:
+        inputs: dynamic axes are strings: `batch` for axis 0, `<input>_dim<axis>` for others.
+        profiles: the first from flags, model or data, then the recipe's further ones.
+        warnings: one line each.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve(
+    recipe: Recipe,
+    parameters: Sequence[str],
+    stated: Sequence[StatedInput],
+    samples: Sequence[reference.Feed],
+) -> ResolvedInputs:
+    """Decide names, dtypes and shapes.
+
+    Args:
+        recipe: its `inputs` (an empty name stands for the only input) and `profiles`.
+        parameters: names that forward takes; empty if unknown.
+        stated: what the model says; empty if it says nothing.
+        samples: calibration samples, batch axis kept; may be empty.
+
+    Raises:
+        UsageError: a shape is known from nowhere, or contradicts the model.
+    """
+    by_name = {s.spec.name: s for s in stated}
+    sample = samples[0] if samples else {}
+    given = _with_names(recipe.inputs, list(by_name) or list(sample) or list(parameters)[:1])
+    names = list(by_name) or (list(sample) if set(given) <= set(sample) else list(given))
+    _check_names(given, names, parameters, list(by_name))
+    specs: list[TensorSpec] = []
+    profile: dict[str, ShapeRange] = {}
+    warnings = []
+    for name in names:
+        section = given.get(name, InputSection())
+        model = by_name.get(name)
+        shapes = section.range()
+        if shapes and model and not model.admits(shapes):
+            takes = f"{format_shape(model.range.min)} to {format_shape(model.range.max)}" if model.range else ""
+            raise UsageError(
+                f"input '{name}' takes {takes or format_shape(model.spec.shape)}, "
+                f"not {format_shape(shapes.min)} to {format_shape(shapes.max)}",
+                "Ask for shapes that the model takes, or export it with wider ones.",
+            )
+        if shapes is None and model and model.range:
+            shapes = model.range
+            if model.unbounded:
+                warnings.append(
+                    f"the model sets no upper bound for axes {list(model.unbounded)} of '{name}': "
+                    f"built for up to {format_shape(shapes.max)}; --max-shapes chooses"
+                )
+        if shapes is None and name in sample:
+            size = tuple(int(n) for n in sample[name].shape)
+            shapes = ShapeRange(size, size, size)
+        if shapes is None:
+            written = f" ({format_shape(model.spec.shape)})" if model else ""
+            raise UsageError(
+                f"the shape of input '{name}'{written} is open",
+                f"Give it: --input {name}:1x3x224x224, or --min-shapes / --opt-shapes / --max-shapes.",
+            )
+        specs.append(TensorSpec(name, _dtype(section, model, sample.get(name)), shapes.opt))
+        profile[name] = shapes
+    profiles = (profile, *recipe.extra_profiles())
+    for index, further in enumerate(profiles[1:]):
+        if set(further) != set(names):
+            raise UsageError(
+                f"profiles.{index} names {', '.join(sorted(further))}; the inputs are {', '.join(names)}",
+                "Give every profile a range for every input.",
+            )
+    return ResolvedInputs(tuple(_name_axes(spec, profiles) for spec in specs), profiles, tuple(warnings))
+
+
+def corner_feeds(
+    recipe: Recipe, resolved: ResolvedInputs, samples: Sequence[reference.Feed]
+) -> dict[str, dict[str, reference.Array]]:
+    """Reference inputs for every corner of the profiles, by corner name."""
+    only = resolved.inputs[0].name
+    bounds = {
+        name or only: (
+            section.low if section.low is not None else 0.0,
+            section.high if section.high is not None else 1.0,
+        )
+        for name, section in recipe.inputs.items()
+        if section.low is not None or section.high is not None
+    }
+    return {
+        corner.name: reference.make_feed(corner, resolved.inputs, samples, bounds, recipe.export.seed + index)
+        for index, corner in enumerate(corners(resolved.profiles))
+    }
+
+
+def dynamic_axes(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """The dynamic axes of every input."""
+    return {s.name: tuple(axis for axis, size in enumerate(s.shape) if isinstance(size, str)) for s in inputs}
+
+
+def _with_names(given: Mapping[str, InputSection], candidates: Sequence[str]) -> dict[str, InputSection]:
+    if "" not in given:
+        return dict(given)
+    if len(candidates) > 1:
+        raise UsageError(
+            f"--input needs a name: the model has the inputs {', '.join(candidates)}",
+            f"Write --input {candidates[0]}:1x3x224x224.",
+        )
+    return {(name or (candidates[0] if candidates else "input")): section for name, section in given.items()}
+
+
+def _check_names(
+    given: Mapping[str, InputSection], names: Sequence[str], parameters: Sequence[str], stated: Sequence[str]
+) -> None:
+    takes = ", ".join(parameters) or "unnamed inputs"
+    if not names:
+        raise UsageError(
+            "the input shapes are not known: neither the model nor the calibration data states them",
+            f"Give one an input: --input {next(iter(parameters), 'input')}:1x3x224x224 (forward takes: {takes}).",
+        )
+    for name in given:
+        if stated and name not in stated:
+            near = difflib.get_close_matches(name, stated, 1)
+            raise UsageError(
+                f"the model has no input '{name}'; it has {', '.join(stated)}",
+                f"Did you mean '{near[0]}'?" if near else "Use one of these names.",
+            )
+    unknown = [name for name in names if parameters and name not in parameters]
+    if unknown and len(names) > len(parameters):
+        raise UsageError(f"forward takes {takes}, not {', '.join(names)}", "Name the parameters of forward.")
+
+
+def _dtype(section: InputSection, model: StatedInput | None, sample: reference.Array | None) -> str:
+    if section.dtype:
+        return str(section.dtype)
+    if model:
+        return model.spec.dtype
+    if sample is None or sample.dtype == "float64":
+        return "float32"
+    return str(sample.dtype)
+
+
+def _name_axes(spec: TensorSpec, profiles: Sequence[Profile]) -> TensorSpec:
+    shape: list[int | str] = list(spec.shape)
+    for axis in range(len(shape)):
+        sizes = {size for p in profiles for size in (p[spec.name].min[axis], p[spec.name].max[axis])}
+        if len(sizes) > 1:
+            shape[axis] = "batch" if axis == 0 else f"{spec.name}_dim{axis}"
+    return TensorSpec(spec.name, spec.dtype, tuple(shape))

@@ -1,0 +1,186 @@
+"""Reading, checking and writing ONNX graphs; what ONNX Runtime and TensorRT both accept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper
+
+from gpuopt.artifact import ONNX_FILE
+from gpuopt.errors import ModelError
+from gpuopt.shapes import Shape, TensorSpec
+
+IR_VERSION = 10
+"""Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
+
+_MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
+
+
+def load(folder: Path) -> onnx.ModelProto:
+    """The graph of an ONNX artifact, external data included."""
+    return onnx.load(str(folder / ONNX_FILE))
+
+
+def load_untrusted(path: Path) -> onnx.ModelProto:
+    """A graph from the user.
+
+    Raises:
+        ModelError: it is no ONNX file, or its external data is missing or leaves its folder.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not a whole ONNX file: {error}", "Save or download the model again.") from error
+    folder = path.parent.resolve()
+    for tensor in _external_tensors(model):
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        data = (folder / location).resolve()
+        if not location or not data.is_relative_to(folder):
+            raise ModelError(
+                f"{path}: external data '{location}' of '{tensor.name}' leaves the model's folder",
+                "Store the weights beside the model.",
+            )
+        if not data.is_file():
+            raise ModelError(
+                f"{path}: external data '{location}' is missing", "Copy the weights file beside the model."
+            )
+    try:
+        onnx.load_external_data_for_model(model, str(folder))
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise ModelError(f"{path}: external data cannot be read: {error}", "Save the model again.") from error
+    return model
+
+
+def _external_tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        yield from (t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    graphs.append(attribute.g)
+                graphs.extend(attribute.graphs)
+                tensors = [attribute.t] if attribute.HasField("t") else []
+                yield from (t for t in [*tensors, *attribute.tensors] if t.data_location == TensorProto.EXTERNAL)
+
+
+def save(model: onnx.ModelProto, folder: Path) -> Path:
+    """Write an ONNX artifact; weights of models near protobuf's 2 GiB limit go beside the graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ONNX_FILE
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    large = model.ByteSize() > _MAX_PROTOBUF_BYTES
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{ONNX_FILE}.data" if large else None)
+    return path
+
+
+def check(path: Path) -> None:
+    """Full check with shape inference, by path so that models above 2 GiB work too.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: what is wrong.
+    """
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the default operator set."""
+    return next((int(i.version) for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
+
+
+def input_specs(model: onnx.ModelProto) -> list[TensorSpec]:
+    """The graph's inputs without those that have an initializer."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [_spec(value) for value in model.graph.input if value.name not in constants]
+
+
+def output_specs(model: onnx.ModelProto) -> list[TensorSpec]:
+    """The graph's outputs."""
+    return [_spec(value) for value in model.graph.output]
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(
+        int(dim.dim_value) if dim.HasField("dim_value") else (dim.dim_param or f"dim{axis}")
+        for axis, dim in enumerate(tensor.shape.dim)
+    )
+    return TensorSpec(value.name, str(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))), shape)
+
+
+def name_dimensions(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
+    """Give the graph inputs' dynamic dimensions the names in `inputs`, everywhere in the graph."""
+    wanted = {spec.name: spec.shape for spec in inputs}
+    renamed: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            name = wanted.get(value.name, ())[axis : axis + 1]
+            if dim.dim_param and name and isinstance(name[0], str):
+                renamed.setdefault(dim.dim_param, name[0])
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = renamed.get(dim.dim_param, dim.dim_param)
+    del model.graph.value_info[:]
+
+
+def static_axes(model: onnx.ModelProto, dynamic: dict[str, tuple[int, ...]]) -> list[str]:
+    """Input axes that ought to be dynamic and are fixed in the graph, as `name[axis]`."""
+    return [
+        f"{spec.name}[{axis}]"
+        for spec in input_specs(model)
+        for axis in dynamic.get(spec.name, ())
+        if isinstance(spec.shape[axis], int)
+    ]
+
+
+def node_names_made_unique(model: onnx.ModelProto) -> None:
+    """Every node gets a name, and no two the same: placement and fallback speak of nodes by name."""
+    seen: set[str] = set()
+    for index, node in enumerate(model.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}_{index}"
+        seen.add(node.name)
+
+
+def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Nodes in an order in which every input is made before it is used."""
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    wrapped = OnnxModel(model)
+    wrapped.topological_sort()
+    sorted_model: onnx.ModelProto = wrapped.model
+    return sorted_model
+
+
+def fits(spec: TensorSpec, shape: Shape) -> bool:
+    """Whether a concrete shape agrees with every fixed dimension of a spec."""
+    return len(spec.shape) == len(shape) and all(
+        isinstance(size, str) or size == actual for size, actual in zip(spec.shape, shape, strict=True)
+    )
+
+
+def with_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the type and shape of every tensor inferred where onnx can."""
+    if model.ByteSize() > _MAX_PROTOBUF_BYTES:
+        return model
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return onnx.shape_inference.infer_shapes(model)
+
+
+def float_tensors(model: onnx.ModelProto) -> set[str]:
+    """Names of the tensors known to be float32, initializers left out."""
+    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        value.name
+        for value in values
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in constants
+    }

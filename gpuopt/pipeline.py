@@ -1,0 +1,360 @@
+"""The stages, in order, and the runner: what each needs, cache, time, progress, errors."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpuopt
+from gpuopt import environment
+from gpuopt.artifact import Artifact, StageOutcome, folder_sha256
+from gpuopt.cache import Cache, Entry, explain
+from gpuopt.errors import DataError, GpuoptError, RequirementError, StorageError
+from gpuopt.progress import Progress
+from gpuopt.recipe import Recipe
+from gpuopt.stages.context import StageContext
+from gpuopt.storage import list_files, sha256_file, sha256_json, storage_errors
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline and everything that decides its result.
+
+    Attributes:
+        name: also the module below `gpuopt.stages` whose `run` does the work.
+        needs: kinds of artifacts it reads.
+        makes: kinds of artifacts it writes.
+        sections: parts of the recipe it reads, as `section` or `section.field`.
+        packages: distributions whose version can change its result.
+        applies: whether a recipe wants the stage.
+        sources: what it reads beside artifacts: `model`, `data`.
+        per_target: whether it runs once for each engine target.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    makes: tuple[str, ...]
+    sections: tuple[str, ...]
+    packages: tuple[str, ...]
+    applies: Callable[[Recipe], bool] = lambda recipe: True
+    sources: tuple[str, ...] = ()
+    per_target: bool = False
+
+
+def _is_int8(recipe: Recipe) -> bool:
+    return recipe.precision == "int8"
+
+
+def _has_fp16(recipe: Recipe) -> bool:
+    remainder = recipe.cast.remainder == "fp16" and recipe.quantize.format == "qdq"
+    return recipe.precision == "fp16" or (_is_int8(recipe) and remainder)
+
+
+_ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
+
+STAGES = (
+    Stage(
+        "samples", (), ("samples",), ("inputs", "calibrate.images"), ("numpy", "pillow"), sources=("data",)
+    ),
+    Stage(
+        "export", ("samples",), ("onnx", "reference"), ("model", "inputs", "profiles", "export"),
+        ("torch", "onnxscript", *_ORT), sources=("model",),
+    ),
+    Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
+    Stage(
+        "calibrate", ("onnx", "reference"), ("ranges",), ("calibrate", "inputs", "export.seed"), _ORT,
+        applies=_is_int8, sources=("data",),
+    ),
+    Stage("quantize", ("onnx", "ranges"), ("onnx",), ("quantize", "cast.remainder"), _ORT, applies=_is_int8),
+    Stage("cast", ("onnx",), ("onnx",), ("cast",), _ORT, applies=_has_fp16),
+    Stage(
+        "build", ("onnx", "reference"), ("engine",), ("build.compute_capability", "build.optimization_level",
+        "build.workspace_mib"), ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
+    ),
+    Stage(
+        "verify", ("onnx", "reference"), ("verification",), ("verify", "precision"), _ORT,
+        applies=lambda recipe: recipe.verify.enabled,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a concrete run; `target` is set for `build`."""
+
+    stage: Stage
+    target: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage.name} {self.target}".strip()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the user brings: the recipe names the model; `data` is a path or a callable, or None."""
+
+    data: str | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step."""
+
+    step: Step
+    entry: Entry
+    cached: bool
+    reason: str
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """The steps of a run, in order; engine targets must be resolved (`build.target` not empty)."""
+    steps: list[Step] = []
+    for stage in STAGES:
+        if not stage.applies(recipe):
+            continue
+        if stage.per_target:
+            steps.extend(Step(stage, target) for target in recipe.build.target if target != "onnxruntime")
+        else:
+            steps.append(Step(stage))
+    return steps
+
+
+class Runner:
+    """Runs the steps of one recipe; `results` holds what has finished, also after a failure."""
+
+    def __init__(
+        self, recipe: Recipe, sources: Sources, cache: Cache, progress: Progress, run_name: str, explain: bool = False
+    ) -> None:
+        self.recipe = recipe
+        self.sources = sources
+        self.cache = cache
+        self.progress = progress
+        self.results: list[StepResult] = []
+        self.at_work: Step | None = None
+        self._run_name = run_name
+        self._explain = explain
+        self._artifacts: dict[str, Artifact] = {}
+        self._key_parts: dict[str, Mapping[str, str]] = {}
+        self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
+
+    def run(self) -> None:
+        """Run every step.
+
+        Raises:
+            GpuoptError: of the step that failed; `at_work` names it.
+        """
+        try:
+            for step in plan(self.recipe):
+                self.at_work = step
+                result = self._run_step(step)
+                self.results.append(result)
+                for kind, artifact in result.entry.artifacts.items():
+                    key = f"{kind}:{step.target}" if step.target else kind
+                    self._artifacts[key] = artifact
+                self._tell(result)
+            self.at_work = None
+        finally:
+            if self._key_parts:
+                self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
+
+    def artifact(self, kind: str, target: str = "") -> Artifact | None:
+        """The newest artifact of a kind."""
+        return self._artifacts.get(f"{kind}:{target}" if target else kind)
+
+    def _run_step(self, step: Step) -> StepResult:
+        parts = self._parts(step)
+        reason = "its data comes from code, which is run anew each time"
+        if parts is not None:
+            entry = self.cache.lookup(parts)
+            if entry:
+                self._key_parts[step.label] = parts
+                return StepResult(step, entry, True, "nothing it depends on changed")
+            reason = explain(self._last.get(step.label), parts)
+        with self.cache.scratch() as scratch, self.progress.stage(step.label):
+            staged = scratch / "result"
+            with storage_errors("write in", scratch):
+                staged.mkdir()
+                outcome, seconds = self._call(step, staged)
+                for leftover in staged.iterdir():
+                    if leftover.name not in step.stage.makes:
+                        _remove(leftover)
+            if "model" in step.stage.sources and self.recipe.model.factory:
+                self.cache.remember("sources", self.recipe.model.factory, list(outcome.dependencies))
+            parts = self._parts(step) or {"stage": step.label, "content": folder_sha256(staged)}
+            record = {"facts": dict(outcome.facts), "warnings": list(outcome.warnings), "seconds": round(seconds, 3)}
+            entry = self.cache.store(parts, staged, record)
+        self._key_parts[step.label] = parts
+        return StepResult(step, entry, False, reason)
+
+    def _call(self, step: Step, staged: Path) -> tuple[StageOutcome, float]:
+        stage = step.stage
+        context = StageContext(
+            recipe=self.recipe.restricted_to(stage.sections),
+            artifacts={kind: self._artifacts[kind] for kind in stage.needs},
+            output=staged,
+            progress=self.progress,
+            data=self.sources.data if "data" in stage.sources else None,
+            target=step.target,
+        )
+        started = time.monotonic()
+        try:
+            outcome: StageOutcome = importlib.import_module(f"gpuopt.stages.{stage.name}").run(context)
+        except (GpuoptError, KeyboardInterrupt):
+            raise
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            raise RequirementError(
+                f"{step.label} needs the Python package '{module}', which is not installed",
+                f"Install it: {environment.install_hint(module)}.",
+            ) from error
+        except MemoryError as error:
+            raise RequirementError(
+                f"{step.label} ran out of memory", "Use smaller shapes or a larger machine."
+            ) from error
+        return outcome, time.monotonic() - started
+
+    def _tell(self, result: StepResult) -> None:
+        entry = result.entry
+        took = "cached" if result.cached else f"{entry.seconds:.1f} s"
+        reason = f"   {result.reason}" if self._explain else ""
+        self.progress.line(f"{result.step.label:<22}{took:>8}{reason}")
+        for warning in entry.warnings:
+            self.progress.warn(warning)
+
+    def _parts(self, step: Step) -> dict[str, str] | None:
+        """Everything that decides a step's result; None if that cannot be known beforehand."""
+        stage = step.stage
+        parts = {"stage": stage.name, "gpuopt": _own_version()}
+        if step.target:
+            parts["target"] = step.target
+        for section in stage.sections:
+            parts.update(_flatten(section, self._setting(section)))
+        for kind in stage.needs:
+            parts[f"input.{kind}"] = self._artifacts[kind].sha256
+        for package in stage.packages:
+            parts[f"version of {package}"] = environment.version_of(package) or ""
+        if "model" in stage.sources:
+            fingerprint = self._model_fingerprint()
+            if fingerprint is None:
+                return None
+            parts["input.model"] = fingerprint
+        if "data" in stage.sources:
+            fingerprint = self._data_fingerprint()
+            if fingerprint is None:
+                return None
+            parts["input.calibration data"] = fingerprint
+        return parts
+
+    def _setting(self, section: str) -> Any:
+        value: Any = self.recipe.model_dump(mode="json")
+        for name in section.split("."):
+            value = value[name]
+        # Where the model and the data lie is no part of what they are.
+        dropped = {"model": ("path",), "calibrate": ("data",)}.get(section, ())
+        return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
+
+    def _model_fingerprint(self) -> str | None:
+        model = self.recipe.model
+        found: dict[str, Any] = {}
+        if model.path:
+            found["file"] = model_sha256(Path(model.path))
+        if model.factory:
+            files = self.cache.recall("sources", model.factory)
+            if not isinstance(files, list):
+                return None
+            try:
+                found["code"] = {name: sha256_file(Path(name)) for name in files}
+            except OSError:
+                return None
+            package = model.factory.partition(":")[0].partition(".")[0]
+            found["package"] = environment.version_of(package)
+        return sha256_json(found)
+
+    @functools.cached_property
+    def _data_files(self) -> list[Path] | None:
+        data = self.sources.data
+        if data is None or self.recipe.calibrate.random:
+            return []
+        path = Path(data)
+        if not path.exists():
+            return None
+        return list_files(path) if path.is_dir() else [path]
+
+    def _data_fingerprint(self) -> str | None:
+        files = self._data_files
+        if files is None:
+            return None
+        with storage_errors("read", Path(self.sources.data or ".")):
+            return sha256_json([[file.name, sha256_file(file)] for file in files])
+
+
+def model_sha256(path: Path) -> str:
+    """Hash of a model file, the external data of an ONNX file included.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with storage_errors("read", path):
+        beside = [p for p in path.parent.glob(f"{path.name}*") if p.is_file() and p.name.endswith(("data", "weights"))]
+        return sha256_json([sha256_file(file) for file in [path, *sorted(beside)]])
+
+
+def check_request(recipe: Recipe, sources: Sources) -> None:
+    """Refuse at once what would fail after minutes of work.
+
+    Raises:
+        RequirementError: a package or a GPU that the recipe needs is missing.
+        DataError: INT8 without data.
+        StorageError: the model file is not there.
+    """
+    from gpuopt.model_file import ModelKind, detect
+
+    environment.check_targets(recipe.build.target)
+    environment.require("onnxruntime", "verifying what was built")
+    kind = ModelKind.FACTORY
+    if recipe.model.path:
+        if Path(recipe.model.path).is_dir():
+            raise StorageError(f"{recipe.model.path} is a folder, not a model file", "Name the file inside it.")
+        kind = detect(Path(recipe.model.path))
+    if kind is not ModelKind.ONNX:
+        for package in ("torch", "onnxscript"):
+            environment.require(package, "exporting a PyTorch model")
+    if kind is ModelKind.SAFETENSORS:
+        environment.require("safetensors", "reading safetensors")
+    if recipe.simplify.enabled:
+        environment.require("onnxslim", "simplifying the graph")
+    if recipe.precision == "int8" and sources.data is None and not recipe.calibrate.random:
+        raise DataError(
+            "INT8 needs calibration data, and there is none beside the model",
+            "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"
+            "--calibration-data package.module:callable yielding feeds. (--random-calibration: smoke tests only.)",
+        )
+
+
+@functools.cache
+def _own_version() -> str:
+    folder = Path(gpuopt.__file__).parent
+    code = {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*.py")}
+    return f"{gpuopt.__version__}+{sha256_json(code)[:12]}"
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, item in value.items() for k, v in _flatten(f"{prefix}.{name}", item).items()}
+    return {prefix: json.dumps(value)}
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

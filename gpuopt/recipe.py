@@ -1,0 +1,382 @@
+"""The recipe: everything that decides a run, typed, frozen and validated once.
+
+A recipe is a YAML file with one section a stage. Flags and `--set` are laid over it before the
+validation, so that there is one place where a value can be wrong and one kind of message for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from gpuopt.errors import GpuoptError, UsageError
+from gpuopt.shapes import DTYPES, Profile, Shape, ShapeRange, format_shape, parse_shape
+from gpuopt.storage import storage_errors
+
+MAX_RECIPE_BYTES = 1 << 20
+FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+Target = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
+TARGETS: tuple[Target, ...] = typing.get_args(Target)
+Precision = Literal["int8", "fp16", "fp32"]
+
+
+def _as_shape(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return parse_shape(value)
+        except UsageError as error:
+            raise ValueError(error.message) from error
+    if isinstance(value, int):
+        return (value,)
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+ShapeField = Annotated[Shape, BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """What is compiled: a file, a factory, or a file whose weights go into the factory's model."""
+
+    path: str | None = Field(None, description="Model file; its kind is decided by its content.")
+    factory: str | None = Field(
+        None,
+        pattern=FACTORY_PATTERN,
+        description="package.module:factory, called without arguments, returns an nn.Module.",
+    )
+    trust_pickle: bool = Field(False, description="Let a pickled file run the code it carries.")
+
+    @model_validator(mode="after")
+    def _something_to_compile(self) -> ModelSection:
+        if not self.path and not self.factory:
+            raise ValueError("give a path, a factory, or both")
+        return self
+
+
+class InputSection(Section):
+    """One input: dtype, and one static shape or a min / opt / max range."""
+
+    dtype: Literal[DTYPES] | None = None  # type: ignore[valid-type]
+    shape: ShapeField | None = Field(None, description="Static shape, short for min = opt = max.")
+    min: ShapeField | None = None
+    opt: ShapeField | None = None
+    max: ShapeField | None = None
+    low: float | None = Field(None, description="Smallest value of generated reference inputs.")
+    high: float | None = Field(None, description="Largest (integers: one past the largest) value.")
+
+    def range(self) -> ShapeRange | None:
+        """The min / opt / max shapes; a missing one is taken from its nearest neighbour."""
+        low = self.min or self.opt or self.shape or self.max
+        mid = self.opt or self.shape or self.max or self.min
+        high = self.max or self.opt or self.shape or self.min
+        if low is None or mid is None or high is None:
+            return None
+        return ShapeRange(low, mid, high)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InputSection:
+        try:
+            self.range()
+        except UsageError as error:
+            raise ValueError(error.message) from error
+        return self
+
+
+class ExportSection(Section):
+    """PyTorch to ONNX."""
+
+    opset: int = Field(20, ge=17, le=23, description="ONNX opset; 17 is for TensorRT 8.5.")
+    exporters: Annotated[
+        tuple[Literal["dynamo", "torchscript"], ...], BeforeValidator(_as_list), Field(min_length=1)
+    ] = ("dynamo", "torchscript")
+    atol: float = Field(
+        1e-3, ge=0, description="Largest absolute error of the FP32 ONNX, relative to the largest output."
+    )
+    seed: int = Field(0, ge=0, description="Seed of a factory's random weights and of generated inputs.")
+
+
+class SimplifySection(Section):
+    """Constant folding, shape inference and fusion, before quantization."""
+
+    enabled: bool = True
+
+
+class ImageSection(Section):
+    """How the images of a folder become the model's input."""
+
+    resize: int | None = Field(None, ge=1, description="Length of the shorter side after resizing, pixels.")
+    crop: int | None = Field(None, ge=1, description="Side of the centre crop, pixels.")
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: float = Field(1 / 255, gt=0, description="Factor before mean and std.")
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    color: Literal["rgb", "bgr", "gray"] = "rgb"
+
+
+class CalibrateSection(Section):
+    """Which data decides the INT8 ranges, and how."""
+
+    data: str | None = Field(None, description=".npz, folder, Polygraphy JSON or package.module:callable.")
+    method: Literal["entropy", "minmax", "percentile", "mse"] = "entropy"
+    percentile: float = Field(99.99, gt=50, le=100)
+    samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
+    random: bool = Field(False, description="Random data, for smoke tests; marks the report.")
+    images: ImageSection | None = None
+
+
+class QuantizeSection(Section):
+    """Static INT8: which nodes, and in which format."""
+
+    format: Literal["qdq", "qoperator"] = "qdq"
+    per_channel: bool = True
+    op_types: Names = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Add")
+    op_types_to_exclude: Names = ()
+    nodes_to_exclude: Names = Field((), description="Node names; shell patterns such as '*/head/*'.")
+    min_channels: int = Field(16, ge=1, description="A Conv with fewer channels on a side stays out of INT8.")
+
+
+class CastSection(Section):
+    """FP16: of the whole graph, or of what INT8 leaves."""
+
+    remainder: Literal["fp16", "fp32"] = "fp16"
+    op_types_to_keep: Names = Field((), description="Operator types that stay in FP32.")
+    nodes_to_keep: Names = Field((), description="Nodes that stay in FP32; shell patterns.")
+
+
+class BuildSection(Section):
+    """The engines."""
+
+    target: Annotated[tuple[Target, ...], BeforeValidator(_as_list)] = Field(
+        (),
+        description="Empty: TensorRT where it and a GPU are present, else TensorRT-RTX; ONNX Runtime always.",
+    )
+    compute_capability: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (), description="TensorRT-RTX: 8.6, 8.9, ...; empty: 8.0 and newer."
+    )
+    optimization_level: int | None = Field(None, ge=0, le=5)
+    workspace_mib: int | None = Field(None, ge=1)
+
+
+class VerifySection(Section):
+    """How far the deployed model may be from PyTorch."""
+
+    enabled: bool = True
+    min_cosine: float | None = Field(None, ge=-1, le=1, description="Empty: by precision.")
+    min_sqnr_db: float | None = Field(None, description="Empty: not checked.")
+    batch_invariance: bool = True
+
+
+class OutputSection(Section):
+    directory: str | None = Field(None, description="Bundle folder; empty: <model>.gpuopt beside the model.")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    version: Literal[1] = 1
+    model: ModelSection
+    precision: Precision = "int8"
+    inputs: dict[str, InputSection] = Field(default_factory=dict)
+    profiles: tuple[dict[str, InputSection], ...] = Field(
+        (), description="Further shape profiles, each with min / opt / max of every input."
+    )
+    export: ExportSection = ExportSection()
+    simplify: SimplifySection = SimplifySection()
+    calibrate: CalibrateSection = CalibrateSection()
+    quantize: QuantizeSection = QuantizeSection()
+    cast: CastSection = CastSection()
+    build: BuildSection = BuildSection()
+    verify: VerifySection = VerifySection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _format_fits_target(self) -> Recipe:
+        if self.quantize.format == "qoperator" and any(t != "onnxruntime" for t in self.build.target):
+            raise ValueError(
+                "quantize.format qoperator is for ONNX Runtime on the CPU only: TensorRT reads Q/DQ pairs and has no "
+                "QLinearConv. Use qdq, or build.target onnxruntime alone"
+            )
+        return self
+
+    def restricted_to(self, sections: Iterable[str]) -> Recipe:
+        """This recipe with everything but the named sections (or `section.field`) at its default.
+
+        A stage sees only such a recipe, so that what it declares is what its cache key holds.
+        """
+        kept: dict[str, Any] = {"model": _NO_MODEL}
+        for name in sections:
+            section, _, field = name.partition(".")
+            if field:
+                default = Recipe.model_fields[section].default
+                kept[section] = default.model_copy(update={field: getattr(getattr(self, section), field)})
+            else:
+                kept[section] = getattr(self, section)
+        return Recipe.model_construct(**kept)
+
+    def extra_profiles(self) -> list[Profile]:
+        """The further profiles, each with a range for every input.
+
+        Raises:
+            UsageError: a profile leaves an input's shape open.
+        """
+        profiles: list[Profile] = []
+        for index, entry in enumerate(self.profiles):
+            ranges = {name: section.range() for name, section in entry.items()}
+            missing = [name for name, value in ranges.items() if value is None]
+            if missing:
+                raise UsageError(f"profiles.{index} gives no shape for {', '.join(missing)}", "Give min, opt and max.")
+            profiles.append({name: value for name, value in ranges.items() if value is not None})
+        return profiles
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_NO_MODEL = ModelSection.model_construct()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading without aliases (they can expand without bound) or repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.get_mark()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is repeated", node.start_mark)
+        return mapping
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain mapping, not yet validated.
+
+    Raises:
+        StorageError: the file cannot be read.
+        UsageError: it is not YAML, too large, or not a mapping.
+    """
+    with storage_errors("read", path):
+        data = path.read_bytes()[: MAX_RECIPE_BYTES + 1]
+    if len(data) > MAX_RECIPE_BYTES:
+        raise UsageError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes", "A recipe is a short YAML file.")
+    try:
+        value = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is not a recipe: {_one_line(error)}", "Write it as YAML, one section a stage."
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a recipe: it holds no sections", "See the examples in recipes/.")
+    return value
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `build.target` and the like inside a nested mapping, making the levels that lack.
+
+    Raises:
+        UsageError: a level on the way is no section.
+    """
+    *path, last = key.split(".")
+    for level in path:
+        tree = tree.setdefault(level, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"'{key}' cannot be set: '{level}' holds a value, not a section")
+    tree[last] = value
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Parse `KEY=VALUE` of `--set`; the value is read as YAML.
+
+    Raises:
+        UsageError: there is no `=` or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(
+            f"--set {text}: no value", "Write --set section.key=value, as in --set build.target=onnxruntime."
+        )
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: {_one_line(error)}", "Quote the value as YAML would.") from error
+
+
+def resolve(tree: Mapping[str, Any]) -> Recipe:
+    """Validate a recipe.
+
+    Raises:
+        UsageError: names the key, its value, the rule it breaks and, for an unknown key, the nearest right one.
+    """
+    try:
+        return Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _explain(first, len(error.errors())) from error
+
+
+def _explain(problem: Any, count: int) -> GpuoptError:
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path) or "recipe"
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"Did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"Known here: {', '.join(known)}."
+        return UsageError(f"recipe: unknown key '{where}'{more}", hint)
+    if problem["type"] == "missing":
+        return UsageError(f"recipe: '{where}' is missing{more}", "Every recipe needs a model: path or factory.")
+    rule = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
+    return UsageError(f"recipe: {where}{shown}: {rule}{more}", "gpuopt compile --dry-run prints the resolved recipe.")
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            # The key of a mapping or the index of a list: the sections below are InputSections.
+            model = InputSection
+            continue
+        model = _section_of(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return annotation
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,247 @@
+"""Reference inputs and outputs at every profile corner, so that later stages need no torch.
+
+    reference/reference.json      inputs, outputs, profiles, corners
+    reference/<corner>.npz        keys `input:NAME`, `output:NAME`
+
+The inputs are calibration samples where there are some, cut or repeated to the corner's shape,
+else seeded random values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuopt.errors import StorageError
+from gpuopt.shapes import Corner, Profile, Shape, ShapeRange, TensorSpec, corners, format_shape, parse_shape
+from gpuopt.storage import write_json
+
+Array = npt.NDArray[Any]
+Feed = Mapping[str, Array]
+Runner = Callable[[Feed], Sequence[Array]]
+ValueRanges = Mapping[str, tuple[float, float]]
+
+_MAX_ROWS_CHECKED = 2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original model computes at the corners.
+
+    Attributes:
+        folder: where the arrays lie.
+        origin: `PyTorch` or `ONNX`, whoever computed the outputs.
+        inputs, outputs: the model's tensors; a dynamic dimension is a string.
+        profiles: the shape profiles.
+        corners: the shapes at which outputs are stored.
+        batched_outputs: outputs whose rows the original model computes independently of each other.
+    """
+
+    folder: Path
+    origin: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    corners: tuple[Corner, ...]
+    batched_outputs: tuple[str, ...]
+
+    def feed(self, corner: Corner) -> dict[str, Array]:
+        """The inputs stored for a corner."""
+        return self._arrays(corner, "input:")
+
+    def expected(self, corner: Corner) -> dict[str, Array]:
+        """The original model's outputs for a corner."""
+        return self._arrays(corner, "output:")
+
+    def _arrays(self, corner: Corner, prefix: str) -> dict[str, Array]:
+        with np.load(self.folder / f"{corner.name}.npz", allow_pickle=False) as archive:
+            return {key.removeprefix(prefix): archive[key] for key in archive.files if key.startswith(prefix)}
+
+
+def make_feed(
+    corner: Corner, inputs: Iterable[TensorSpec], samples: Sequence[Feed], ranges: ValueRanges, seed: int
+) -> dict[str, Array]:
+    """Inputs of a corner's shapes.
+
+    Args:
+        corner: a concrete shape for every input.
+        inputs: names and dtypes.
+        samples: calibration samples, each with its batch axis; may be empty.
+        ranges: value range of generated inputs: floats uniform in [low, high], integers in [low, high).
+        seed: of the generated values (floats without a range: standard normal; integers: 0 or 1).
+    """
+    generator = np.random.default_rng(seed)
+    feed = {}
+    for spec in inputs:
+        shape = corner.shapes[spec.name]
+        found = [sample[spec.name] for sample in samples if spec.name in sample]
+        if found:
+            feed[spec.name] = _fit(found, shape).astype(spec.dtype)
+        else:
+            feed[spec.name] = _generate(generator, shape, np.dtype(spec.dtype), ranges.get(spec.name))
+    return feed
+
+
+def _fit(samples: Sequence[Array], shape: Shape) -> Array:
+    """Stack samples along axis 0 and cut or repeat every axis to `shape`."""
+    first = samples[0]
+    if first.ndim == len(shape) + 1 and first.shape[0] == 1:
+        samples = [sample[0] for sample in samples]
+        first = samples[0]
+    if not shape:
+        return first.reshape(())
+    same_rest = all(sample.shape[1:] == first.shape[1:] for sample in samples)
+    whole = np.concatenate(samples, axis=0) if same_rest and first.ndim else first
+    for axis, size in enumerate(shape):
+        if whole.shape[axis] != size:
+            whole = np.take(whole, np.arange(size) % whole.shape[axis], axis=axis)
+    return np.ascontiguousarray(whole)
+
+
+def _generate(
+    generator: np.random.Generator, shape: Shape, dtype: np.dtype[Any], bounds: tuple[float, float] | None
+) -> Array:
+    if dtype.kind == "b":
+        return generator.integers(0, 2, shape).astype(bool)
+    if dtype.kind in "iu":
+        low, high = bounds or (0, 2)
+        return generator.integers(int(low), max(int(high), int(low) + 1), shape).astype(dtype)
+    if bounds:
+        return generator.uniform(*bounds, shape).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A model's tensors and the shapes it is compiled for."""
+
+    inputs: tuple[TensorSpec, ...]
+    output_names: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+
+
+def record(folder: Path, interface: Interface, run: Runner, feeds: Mapping[str, Feed], origin: str) -> Reference:
+    """Run the original model at every corner and store what it gives.
+
+    Args:
+        folder: an existing empty folder.
+        run: feed -> outputs, in the order of `interface.output_names`.
+        feeds: inputs by corner name.
+        origin: `PyTorch` or `ONNX`.
+    """
+    points = corners(interface.profiles)
+    shapes: dict[str, list[Shape]] = {}
+    dtypes: dict[str, str] = {}
+    batched: set[str] = set()
+    for corner in points:
+        feed = feeds[corner.name]
+        outputs = dict(zip(interface.output_names, run(feed), strict=True))
+        arrays = {f"input:{name}": value for name, value in feed.items()}
+        arrays.update({f"output:{name}": value for name, value in outputs.items()})
+        np.savez(folder / f"{corner.name}.npz", allow_pickle=False, **arrays)
+        for name, value in outputs.items():
+            shapes.setdefault(name, []).append(value.shape)
+            dtypes[name] = str(value.dtype)
+        if corner.name == largest_batch(points, interface.profiles):
+            batched = _independent_rows(run, feed, outputs)
+    specs = tuple(TensorSpec(name, dtypes[name], _merge(shapes[name])) for name in interface.output_names)
+    write_json(
+        folder / "reference.json",
+        {
+            "origin": origin,
+            "inputs": [spec.to_json() for spec in interface.inputs],
+            "outputs": [spec.to_json() for spec in specs],
+            "profiles": [
+                {
+                    name: {"min": format_shape(r.min), "opt": format_shape(r.opt), "max": format_shape(r.max)}
+                    for name, r in profile.items()
+                }
+                for profile in interface.profiles
+            ],
+            "corners": [{"name": c.name, "shapes": {n: format_shape(s) for n, s in c.shapes.items()}} for c in points],
+            "batched_outputs": sorted(batched),
+        },
+    )
+    return load(folder)
+
+
+def largest_batch(points: Sequence[Corner], profiles: Sequence[Profile]) -> str | None:
+    """The corner with the largest batch above 1, if every input has a dynamic batch down to 1."""
+    ranges = profiles[0].values()
+    if not all(r.min and r.min[0] == 1 and 0 in r.dynamic_axes for r in ranges):
+        return None
+    fitting = [c for c in points if all(s[0] > 1 for s in c.shapes.values())]
+    return max(fitting, key=lambda c: next(iter(c.shapes.values()))[0]).name if fitting else None
+
+
+def rows_to_check(batch: int) -> list[int]:
+    """Rows of a batch that are also run alone: the first and the last."""
+    return sorted({0, batch - 1})[:_MAX_ROWS_CHECKED]
+
+
+def row_of(feed: Feed, row: int) -> dict[str, Array]:
+    """One sample of a batch, its batch axis kept."""
+    return {name: value[row : row + 1] for name, value in feed.items()}
+
+
+def _independent_rows(run: Runner, feed: Feed, outputs: Mapping[str, Array]) -> set[str]:
+    batch = next(iter(feed.values())).shape[0]
+    names = {name for name, value in outputs.items() if value.ndim and value.shape[0] == batch}
+    for row in rows_to_check(batch):
+        alone = dict(zip(outputs, run(row_of(feed, row)), strict=True))
+        for name in sorted(names):
+            together = outputs[name][row : row + 1]
+            if together.shape != alone[name].shape or not np.allclose(together, alone[name], rtol=1e-3, atol=1e-3):
+                names.discard(name)
+    return names
+
+
+def _merge(shapes: Sequence[Shape]) -> tuple[int | str, ...]:
+    if len({len(shape) for shape in shapes}) != 1:
+        return ("*",)
+    return tuple(
+        sizes[0] if len(set(sizes)) == 1 else ("batch" if axis == 0 else f"dim{axis}")
+        for axis, sizes in enumerate(zip(*shapes, strict=True))
+    )
+
+
+def load(folder: Path) -> Reference:
+    """Open a stored reference.
+
+    Raises:
+        StorageError: `reference.json` is missing or damaged.
+    """
+    try:
+        record = json.loads((folder / "reference.json").read_text())
+        return Reference(
+            folder=folder,
+            origin=record["origin"],
+            inputs=tuple(_spec(entry) for entry in record["inputs"]),
+            outputs=tuple(_spec(entry) for entry in record["outputs"]),
+            profiles=tuple(
+                {
+                    name: ShapeRange(parse_shape(r["min"]), parse_shape(r["opt"]), parse_shape(r["max"]))
+                    for name, r in profile.items()
+                }
+                for profile in record["profiles"]
+            ),
+            corners=tuple(
+                Corner(entry["name"], {n: parse_shape(s) for n, s in entry["shapes"].items()})
+                for entry in record["corners"]
+            ),
+            batched_outputs=tuple(record["batched_outputs"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"the reference in {folder} cannot be read: {error}", "The bundle is damaged: compile again."
+        ) from error
+
+
+def _spec(entry: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))

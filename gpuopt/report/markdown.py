@@ -1,0 +1,174 @@
+"""The report as Markdown, short enough for a pull-request comment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpuopt.report.model import Report
+
+_MOST_ROWS = 30
+
+
+def render(report: Report) -> str:
+    """A pure function of the report."""
+    sections = [
+        _headline(report),
+        _error(report),
+        _warnings(report),
+        _engines(report),
+        _precision(report),
+        _accuracy(report),
+        _export(report),
+        _stages(report),
+        _provenance(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def format_bytes(size: float) -> str:
+    """A size in binary units: `12.1 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("the loop ends at GiB")
+
+
+def _headline(report: Report) -> str:
+    name = Path(report.model.path).name if report.model.path else report.model.factory
+    return f"# gpuopt: {name}, {report.precision.upper()}: {report.status}"
+
+
+def _error(report: Report) -> str:
+    if report.error is None:
+        return ""
+    where = f" in `{report.error.stage}`" if report.error.stage else ""
+    lines = [
+        f"**Failed{where}** ({report.error.kind}, exit code {report.error.exit_code}): {report.error.message}",
+        report.error.hint,
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _warnings(report: Report) -> str:
+    return "\n".join(f"- Warning: {warning}" for warning in report.warnings)
+
+
+def _engines(report: Report) -> str:
+    if not report.engines:
+        return ""
+    rows = [
+        (
+            e.target,
+            f"`{e.file}`",
+            e.status + (f" ({e.note})" if e.note else ""),
+            format_bytes(e.size_bytes),
+            e.library_version,
+        )
+        for e in report.engines
+    ]
+    return "## Engines\n\n" + table(("target", "file", "state", "size", "library"), rows)
+
+
+def _precision(report: Report) -> str:
+    quantized, cast, calibrated = report.facts("quantize"), report.facts("cast"), report.facts("calibrate")
+    lines = []
+    if quantized:
+        lines.append(
+            f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
+            f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs)."
+        )
+        reasons = Counter(entry["reason"] for entry in quantized["kept_in_floating_point"])
+        if reasons:
+            lines.append(table(("nodes left in floating point", "why"), [(n, r) for r, n in reasons.most_common()]))
+    if calibrated:
+        lines.append(
+            f"Calibration: {calibrated['method']}, {calibrated['samples']} samples from {calibrated['data']}, "
+            f"{calibrated['tensors']} tensors."
+        )
+    if cast:
+        kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
+        lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
+    return "## Precision of the graph\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _accuracy(report: Report) -> str:
+    result = report.verification
+    if result is None:
+        return ""
+    rows = [
+        (
+            row["corner"],
+            row["output"],
+            "x".join(map(str, row["shape"])) or "scalar",
+            _number(row["cosine"], "{:.6f}"),
+            _number(row["sqnr_db"], "{:.1f}"),
+            _number(row["max_abs_error"], "{:.2e}"),
+            _number(row["agreement"], "{:.2%}"),
+        )
+        for row in result["outputs"]
+    ]
+    head = ("corner", "output", "shape", "cosine", "SQNR, dB", "max abs error", "equal values")
+    invariance = result["batch_invariance"]
+    if invariance.get("checked"):
+        batch = (
+            f"Batch invariance: a row alone and in a batch of {invariance['batch']} differ by at most "
+            f"{invariance['worst_relative_error']:.1e} (relative)."
+        )
+    else:
+        batch = f"Batch invariance was not checked: {invariance.get('reason', 'switched off')}."
+    failures = "\n".join(f"- {failure}" for failure in result["failures"])
+    title = f"## Accuracy: `model.onnx` in ONNX Runtime against {result['reference']}"
+    parts = [title, table(head, rows), batch, f"Limit: cosine at least {result['limits']['min_cosine']}.", failures]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _export(report: Report) -> str:
+    facts = report.facts("export")
+    if not facts:
+        return ""
+    lost = [f"- `{a['exporter']}` lost: {a['reason']}" for a in facts["attempts"] if a["reason"]]
+    line = f"{facts['model_kind']}, exporter: {facts['exporter']}; opset {facts['opset']}, IR {facts['ir_version']}."
+    return "\n\n".join(["## Export", line, *(["\n".join(lost)] if lost else [])])
+
+
+def _stages(report: Report) -> str:
+    rows = [
+        (f"{s.name} {s.target or ''}".strip(), "cached" if s.cached else f"{s.seconds:.1f} s", s.reason)
+        for s in report.stages
+    ]
+    return "## Stages\n\n" + table(("stage", "time", "why it ran"), rows) if rows else ""
+
+
+def _provenance(report: Report) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in report.environment["packages"].items())
+    gpus = ", ".join(f"{g['name']} (compute capability {g['compute_capability']})" for g in report.environment["gpus"])
+    lines = [
+        f"- gpuopt {report.gpuopt_version}, Python {report.environment['python']}, {report.environment['platform']}, "
+        f"GPU: {gpus or 'none'}",
+        f"- {packages}",
+        f"- model SHA-256: `{report.model.sha256 or 'from a factory'}`",
+        f"- command: `{' '.join(report.command)}`",
+        f"- {report.created}, {report.seconds:.1f} s",
+    ]
+    return "## Provenance\n\n" + "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; bars in cells are escaped, and rows beyond a limit are counted, not shown."""
+    shown = list(rows)
+    lines = [_row(head), _row(["---"] * len(head)), *(_row(row) for row in shown[:_MOST_ROWS])]
+    if len(shown) > _MOST_ROWS:
+        lines.append(f"\n{len(shown) - _MOST_ROWS} more rows are in `report.json`.")
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,52 @@
+"""The end of a run as the terminal shows it: a few lines, plain text."""
+
+from __future__ import annotations
+
+import json
+
+from gpuopt.report.markdown import format_bytes
+from gpuopt.report.model import Report
+
+
+def render(report: Report) -> str:
+    """A pure function of the report: what was made, how accurate it is, where it lies."""
+    lines = []
+    for engine in report.engines:
+        note = f": {engine.note}" if engine.note else ""
+        lines.append(
+            f"{engine.target:<13}{engine.status:<9}{format_bytes(engine.size_bytes):>10}   {engine.file}{note}"
+        )
+    quantized = report.facts("quantize")
+    if quantized:
+        lines.append(f"INT8         {quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes")
+    if report.verification:
+        cosines = [row["cosine"] for row in report.verification["outputs"] if row["cosine"] is not None]
+        sqnrs = [row["sqnr_db"] for row in report.verification["outputs"] if row["sqnr_db"] is not None]
+        corners = {row["corner"] for row in report.verification["outputs"]}
+        figures = []
+        if cosines:
+            figures.append(f"cosine {min(cosines):.5f}")
+        if sqnrs:
+            figures.append(f"SQNR {min(sqnrs):.1f} dB")
+        invariance = report.verification["batch_invariance"]
+        if invariance.get("checked") and not invariance["failures"]:
+            figures.append("batch-invariant")
+        lines.append(
+            f"accuracy     {', '.join(figures) or 'exact'}; worst of {len(corners)} shape corners, "
+            f"against {report.verification['reference']}"
+        )
+    lines.append(f"report       {report.bundle}/report.md")
+    return "\n".join(lines)
+
+
+def render_error(kind: str, message: str, hint: str) -> str:
+    """An error as stderr shows it: three lines at most."""
+    return "\n".join([f"gpuopt: {kind} error: {message}", *hint.splitlines()][:3])
+
+
+def render_facts(report: Report) -> str:
+    """Everything the stages said, one indented JSON document a stage."""
+    return "\n".join(
+        f"{stage.name} {stage.target or ''}".strip() + f" {json.dumps(stage.facts, indent=2)}"
+        for stage in report.stages
+    )

@@ -1,0 +1,164 @@
+"""From the command line's words to a recipe, and the answers of the small commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuopt import environment
+from gpuopt.cache import Cache, default_folder
+from gpuopt.errors import UsageError
+from gpuopt.recipe import FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
+from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
+from gpuopt.storage import list_files
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of `gpuopt compile` that stand for a recipe key; None or empty: not given."""
+
+    model: str | None = None
+    factory: str | None = None
+    trust_pickle: bool = False
+    precision: str | None = None
+    output: Path | None = None
+    target: tuple[str, ...] = ()
+    compute_capability: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    min_shapes: tuple[str, ...] = ()
+    opt_shapes: tuple[str, ...] = ()
+    max_shapes: tuple[str, ...] = ()
+    calibration_data: str | None = None
+    calibration_method: str | None = None
+    calibration_samples: int | None = None
+    random_calibration: bool = False
+    quant_format: str | None = None
+    min_cosine: float | None = None
+    opset: int | None = None
+
+
+def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
+    """Lay flags, then `--set`, over a recipe file and validate the whole.
+
+    Raises:
+        UsageError: what is wrong, where, and the nearest right thing.
+        StorageError: the recipe file cannot be read.
+    """
+    tree: dict[str, Any] = load(path) if path else {}
+    by_key = {
+        "model.factory": flags.factory,
+        "model.trust_pickle": flags.trust_pickle or None,
+        "precision": flags.precision,
+        "output.directory": str(flags.output) if flags.output else None,
+        "build.target": list(flags.target) or None,
+        "build.compute_capability": list(flags.compute_capability) or None,
+        "calibrate.data": flags.calibration_data,
+        "calibrate.method": flags.calibration_method,
+        "calibrate.samples": flags.calibration_samples,
+        "calibrate.random": flags.random_calibration or None,
+        "quantize.format": flags.quant_format,
+        "verify.min_cosine": flags.min_cosine,
+        "export.opset": flags.opset,
+    }
+    if flags.model is not None:
+        is_factory = not Path(flags.model).exists() and FACTORY_PATTERN.match(flags.model)
+        if is_factory and flags.factory:
+            raise UsageError("two factories are given", "Give the weights file as MODEL and the factory as --model.")
+        by_key["model.factory" if is_factory else "model.path"] = flags.model
+    for key, value in by_key.items():
+        if value is not None:
+            set_value(tree, key, value)
+    for name, entry in _inputs(flags).items():
+        for key, value in entry.items():
+            _set_input(tree, name, key, value)
+    for text in settings:
+        set_value(tree, *parse_setting(text))
+    if not tree.get("model"):
+        raise UsageError("no model is given", "Name a model file, package.module:factory, or a recipe with --recipe.")
+    return resolve(tree)
+
+
+def describe(chosen: Recipe, as_json: bool) -> str:
+    """The resolved recipe and the plan, as `--dry-run` prints them: YAML with the plan in comments, or JSON."""
+    from gpuopt.compile import with_defaults
+    from gpuopt.pipeline import plan
+
+    resolved, _ = with_defaults(chosen)
+    steps = [step.label for step in plan(resolved)]
+    if as_json:
+        return json.dumps({"recipe": resolved.model_dump(mode="json"), "plan": steps}, indent=2) + "\n"
+    comments = "".join(f"#   {number}. {step}\n" for number, step in enumerate(steps, 1))
+    return f"{resolved.to_yaml()}# plan:\n{comments}"
+
+
+@contextlib.contextmanager
+def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
+    """The stage cache; a temporary one if nothing is to be kept."""
+    if not discard:
+        yield Cache((folder or default_folder()).absolute())
+        return
+    with tempfile.TemporaryDirectory(prefix="gpuopt-") as temporary:
+        yield Cache(Path(temporary))
+
+
+def doctor(as_json: bool) -> str:
+    """What is installed and what each target still needs."""
+    found = environment.describe()
+    states = environment.target_states()
+    if as_json:
+        targets = [{"target": s.target, "ready": s.ready, "needs": s.needs, "note": s.note} for s in states]
+        return json.dumps({**found, "targets": targets}, indent=2) + "\n"
+    gpu = ", ".join(f"{g['name']} ({g['compute_capability']})" for g in found["gpus"]) or "none"
+    tested = "" if environment.python_is_supported() else " (untested; 3.10 to 3.13 are tested)"
+    lines = [f"Python    {found['python']}{tested} on {found['platform']}", f"GPU       {gpu}", "", "Packages"]
+    names = (*environment.CORE_PACKAGES, *environment.EXPORT_PACKAGES, *environment.RUNTIME_PACKAGES)
+    lines += [f"  {name:<20}{found['packages'].get(name, '-')}" for name in names]
+    if {"onnxruntime", "onnxruntime-gpu"} <= set(found["packages"]):
+        lines.append("  onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
+    lines += ["", "Exporting PyTorch models"]
+    missing = [name for name in environment.EXPORT_PACKAGES if not environment.has_module(name)]
+    lines += [f"  needs {name}: {environment.install_hint(name)}" for name in missing] or ["  ready"]
+    lines += ["", "Targets"]
+    for state in states:
+        lines.append(f"  {state.target:<14}{'ready' if state.ready else 'not ready'}: {state.note}")
+        lines += [f"    needs {need}" for need in state.needs]
+    return "\n".join(lines) + "\n"
+
+
+def cache_state(folder: Path | None, clear: bool, as_json: bool) -> str:
+    """Where the cache lies and how large it is; `clear` empties it first."""
+    store = Cache((folder or default_folder()).absolute())
+    cleared = store.clear() if clear else 0
+    entries = len(list((store.folder / "entries").glob("*")))
+    size = sum(path.stat().st_size for path in list_files(store.folder)) if store.folder.is_dir() else 0
+    if as_json:
+        state = {"folder": str(store.folder), "entries": entries, "size_bytes": size, "cleared_entries": cleared}
+        return json.dumps(state, indent=2) + "\n"
+    from gpuopt.report.markdown import format_bytes
+
+    return f"{store.folder}: {entries} entries, {format_bytes(size)}\n"
+
+
+def _inputs(flags: Flags) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for text in flags.inputs:
+        name, shape, dtype = parse_input(text)
+        if name in entries:
+            raise UsageError(f"input '{name}' is given twice", "Name each input once.")
+        entries[name] = {"shape": format_shape(shape), **({"dtype": dtype} if dtype else {})}
+    for key, texts in (("min", flags.min_shapes), ("opt", flags.opt_shapes), ("max", flags.max_shapes)):
+        for name, shape in parse_named_shapes(texts).items():
+            entries.setdefault(name, {})[key] = format_shape(shape)
+    return entries
+
+
+def _set_input(tree: dict[str, Any], name: str, key: str, value: Any) -> None:
+    inputs = tree.setdefault("inputs", {})
+    if not isinstance(inputs, dict) or not isinstance(inputs.setdefault(name, {}), dict):
+        raise UsageError("recipe: 'inputs' is no mapping of input names", "Write inputs: {NAME: {shape: 1x3x224x224}}.")
+    inputs[name][key] = value

@@ -1,0 +1,81 @@
+"""Constant folding, fusion and shape inference, before quantization and never after."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+
+from gpuopt import onnx_model, reference
+from gpuopt.artifact import ONNX_FILE, StageOutcome
+from gpuopt.backends.onnxruntime import Session, first_line
+from gpuopt.errors import GpuoptError
+from gpuopt.stages.context import StageContext
+
+_TOLERANCE = 1e-3
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Make `onnx`: the simplified graph, or the graph as it came where simplifying fails or changes results.
+
+    Value information is inferred either way: calibration and quantization need every tensor's type.
+    """
+    model = onnx_model.load(context.folder("onnx"))
+    before = len(model.graph.node)
+    folder = context.made("onnx")
+    warnings: list[str] = []
+    if context.recipe.simplify.enabled:
+        reason = _simplified(model, context)
+        if reason:
+            warnings.append(f"the graph was not simplified: {reason}")
+    path = folder / ONNX_FILE
+    if not path.exists():
+        _finish(model, context)
+    nodes = Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+    return StageOutcome(
+        {"nodes_before": before, "nodes_after": sum(nodes.values()), "operators": dict(nodes.most_common())},
+        tuple(warnings),
+    )
+
+
+def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
+    """Write the simplified graph; the reason if it was not possible, nothing if it was."""
+    import onnxslim
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    path = context.output / "onnx" / ONNX_FILE
+    try:
+        _finish(onnxslim.slim(copy), context)
+        onnx_model.check(path)
+        difference = _difference(context)
+    except GpuoptError as error:
+        difference = error.message
+    except Exception as error:  # onnxslim and the checker raise errors without a common base
+        difference = f"{type(error).__name__}: {first_line(error)}"
+    if difference:
+        for written in path.parent.iterdir():
+            written.unlink()
+    return difference
+
+
+def _finish(model: onnx.ModelProto, context: StageContext) -> None:
+    onnx_model.node_names_made_unique(model)
+    onnx_model.save(onnx_model.with_types(model), context.output / "onnx")
+
+
+def _difference(context: StageContext) -> str:
+    stored = reference.load(context.folder("reference"))
+    session = Session(context.output / "onnx" / ONNX_FILE)
+    for corner in stored.corners:
+        actual = session.run(stored.feed(corner))
+        for name, expected in stored.expected(corner).items():
+            if actual[name].shape != expected.shape:
+                return f"output '{name}' got the shape {actual[name].shape} instead of {expected.shape}"
+            if expected.dtype.kind == "f":
+                scale = max(1.0, float(np.max(np.abs(expected), initial=0.0)))
+                error = float(np.max(np.abs(actual[name] - expected), initial=0.0)) / scale
+                if error > _TOLERANCE:
+                    return f"output '{name}' moved by {error:.1e} at {corner.name}"
+    return ""

@@ -1,0 +1,303 @@
+"""Loading a PyTorch model of any kind and running it on feeds keyed by input name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gpuopt.errors import GpuoptError, ModelError, UsageError
+from gpuopt.interface import StatedInput
+from gpuopt.model_file import ModelKind, hazards
+from gpuopt.recipe import ModelSection
+from gpuopt.shapes import ShapeRange, TensorSpec
+
+_UNBOUNDED_BATCH = 16
+_UNBOUNDED_FACTOR = 4
+
+
+@dataclass
+class TorchModel:
+    """A loaded model.
+
+    Attributes:
+        module: an `nn.Module`, a `ScriptModule` or an `ExportedProgram`.
+        kind: what it was loaded from.
+        parameters: names of forward's parameters, in order; empty if unknown.
+        stated: what the model itself says of its inputs; only exported programs do.
+        notes: for the report.
+    """
+
+    module: Any
+    kind: ModelKind
+    parameters: tuple[str, ...]
+    stated: tuple[StatedInput, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def arguments(self, feed: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of forward for a feed."""
+        if self.kind is ModelKind.EXPORTED_PROGRAM:
+            return self._program_arguments(feed)
+        names = list(feed)
+        if self.parameters and all(name in self.parameters for name in names):
+            leading = list(self.parameters[: len(names)])
+            if set(leading) == set(names):
+                return tuple(feed[name] for name in leading), {}
+            return (), dict(feed)
+        return tuple(feed.values()), {}
+
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
+        """Outputs as numpy arrays, nested structures flattened, for one feed of numpy arrays."""
+        args, kwargs = self.arguments(as_tensors(feed))
+        with torch.inference_mode():
+            return [value.detach().cpu().numpy() for _, value in self._leaves(self._callable()(*args, **kwargs))]
+
+    def output_names(self, feed: Mapping[str, Any]) -> list[str]:
+        """A name for every output: the key in a dict or dataclass, else `output` or `output_<n>`."""
+        args, kwargs = self.arguments(as_tensors(feed))
+        with torch.inference_mode():
+            leaves = self._leaves(self._callable()(*args, **kwargs))
+        names = []
+        for index, (path, _) in enumerate(leaves):
+            keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+            name = "_".join(key for key in keys if key)
+            names.append(name or ("output" if len(leaves) == 1 else f"output_{index}"))
+        return names if len(set(names)) == len(names) else [f"output_{i}" for i in range(len(names))]
+
+    def _callable(self) -> Callable[..., Any]:
+        if self.kind is ModelKind.EXPORTED_PROGRAM:
+            if not hasattr(self, "_unlifted"):
+                self._unlifted = self.module.module()
+            result: Callable[..., Any] = self._unlifted
+            return result
+        module: Callable[..., Any] = self.module
+        return module
+
+    def _leaves(self, outputs: Any) -> list[tuple[Any, torch.Tensor]]:
+        leaves, _ = pytree.tree_flatten_with_path(outputs)
+        return [(path, value) for path, value in leaves if isinstance(value, torch.Tensor)]
+
+    def _program_arguments(self, feed: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        flat = [
+            feed[spec.arg.name] if spec.arg.name in feed else getattr(spec.arg, "value", None)
+            for spec in self.module.graph_signature.input_specs
+            if spec.kind.name == "USER_INPUT"
+        ]
+        args, kwargs = pytree.tree_unflatten(flat, self.module.module_call_graph[0].signature.in_spec)
+        return args, kwargs
+
+
+def as_tensors(feed: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Numpy arrays as tensors that share nothing with them."""
+    return {name: torch.from_numpy(value.copy()) for name, value in feed.items()}
+
+
+def load(settings: ModelSection, kind: ModelKind) -> TorchModel:
+    """Load the model that a recipe names; `kind` comes from `model_file.detect` (FACTORY without a file).
+
+    Raises:
+        ModelError: the file is damaged, would run code without being trusted to, does not fit the
+            factory's model, or the factory fails.
+        UsageError: weights without a factory.
+    """
+    path = Path(settings.path) if settings.path else None
+    if path is not None:
+        _refuse_untrusted(path, kind, settings.trust_pickle)
+    with quiet_torch():
+        if path is None:
+            return _module(_call_factory(settings.factory or ""), ModelKind.FACTORY)
+        if kind in (ModelKind.STATE_DICT, ModelKind.SAFETENSORS):
+            if not settings.factory:
+                raise UsageError(
+                    f"{path} holds weights only ({kind.value}): the code of the model is missing",
+                    "Name a function that returns the nn.Module: --model package.module:factory.",
+                )
+            return _load_weights(path, kind, settings.factory)
+        try:
+            if kind is ModelKind.EXPORTED_PROGRAM:
+                with path.open("rb") as stream:
+                    return _program(torch.export.load(stream))
+            if kind is ModelKind.TORCHSCRIPT:
+                script = torch.jit.load(str(path), map_location="cpu").eval()
+                names = [a.name for a in script.forward.schema.arguments if a.name != "self"]
+                return TorchModel(script, kind, tuple(names))
+            return _module(torch.load(path, map_location="cpu", weights_only=False), kind)
+        except GpuoptError:
+            raise
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ModelError(
+                f"{path} needs code that is not here: {error}",
+                "Run gpuopt where the model's own package can be imported.",
+            ) from error
+        except Exception as error:  # torch raises plain RuntimeError and worse for damaged files
+            raise ModelError(
+                f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {_brief(error)}",
+                "The file may be damaged, or written by a newer torch.",
+            ) from error
+
+
+def user_files(before: set[str]) -> list[str]:
+    """Source files of modules imported since `before` that belong to no installed package."""
+    installed = {Path(p).resolve() for p in sysconfig.get_paths().values()}
+    files = []
+    for name in set(sys.modules) - before:
+        source = getattr(sys.modules[name], "__file__", None)
+        if not source or not source.endswith(".py"):
+            continue
+        path = Path(source).resolve()
+        if not any(path.is_relative_to(folder) for folder in installed) and "site-packages" not in path.parts:
+            files.append(str(path))
+    return sorted(files)
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Keep torch's deprecation and tracing talk off stderr."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
+    if trusted or kind is ModelKind.ONNX:
+        return
+    found = hazards(path, kind)
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ModelError(
+            f"{path} is a {kind.value} and loading it would run code that it names: {shown}",
+            "If you trust its author, add --trust-pickle. Safer: torch.export.save, or a state dict with --model.",
+        )
+
+
+def _call_factory(factory: str) -> Any:
+    module_name, _, function = factory.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = getattr(importlib.import_module(module_name), function)()
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(
+            f"the factory {factory} fails: {type(error).__name__}: {_brief(error)}",
+            "It is called without arguments, from the current folder, and returns an nn.Module.",
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(
+            f"the factory {factory} returned {type(module).__name__}, not an nn.Module",
+            "Return the model itself.",
+        )
+    return module
+
+
+def _load_weights(path: Path, kind: ModelKind, factory: str) -> TorchModel:
+    module = _call_factory(factory)
+    if kind is ModelKind.SAFETENSORS:
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
+            raise ModelError(f"{path} cannot be loaded: {_brief(error)}", "Save the state dict again.") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+            break
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ModelError(f"{path} holds no state dict", "Save model.state_dict() alone, or under 'state_dict'.")
+    stripped = {name.removeprefix("module."): value for name, value in weights.items()}
+    try:
+        missing, unexpected = module.load_state_dict(stripped, strict=False)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path} does not fit {factory}: {_brief(error)}", "Use the factory it was saved from."
+        ) from error
+    if missing or unexpected:
+        raise ModelError(
+            f"{path} does not fit {factory}: {len(missing)} weights are missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} are unexpected ({', '.join(unexpected[:3])})",
+            "Use the factory it was saved from.",
+        )
+    return _module(module, kind)
+
+
+def _module(module: Any, kind: ModelKind) -> TorchModel:
+    if isinstance(module, dict):
+        raise ModelError(
+            "the pickle holds a dict, not an nn.Module",
+            "Name the model's code: --model package.module:factory.",
+        )
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"the pickle holds a {type(module).__name__}, not an nn.Module", "Save the nn.Module itself.")
+    notes = []
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if kinds - {torch.float32}:
+        notes.append(f"weights of dtype {', '.join(sorted(map(str, kinds)))} were made float32 before export")
+    module = module.to("cpu").float().eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    names = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)
+    ]
+    return TorchModel(module, kind, tuple(names), notes=notes)
+
+
+def _program(program: Any) -> TorchModel:
+    stated = []
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, torch.Tensor):
+            stated.append(_stated_input(node.name, value, program.range_constraints))
+    return TorchModel(program, ModelKind.EXPORTED_PROGRAM, tuple(s.spec.name for s in stated), tuple(stated))
+
+
+def _stated_input(name: str, value: torch.Tensor, constraints: Mapping[Any, Any]) -> StatedInput:
+    low: list[int] = []
+    high: list[int] = []
+    unbounded: list[int] = []
+    shape: list[int | str] = []
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, int):
+            low.append(size)
+            high.append(size)
+            shape.append(size)
+            continue
+        bounds = constraints.get(size.node.expr)
+        lower = max(1, int(bounds.lower)) if bounds else 1
+        # A lower bound of 2 is torch's own way to tell 1 from "any": the graph takes 1 as well.
+        lower = 1 if lower == 2 and axis == 0 else lower
+        upper = str(bounds.upper) if bounds else "int_oo"
+        if upper.isdigit():
+            high.append(int(upper))
+        else:
+            high.append(_UNBOUNDED_BATCH if axis == 0 else max(lower, int(size.node.hint or 2)) * _UNBOUNDED_FACTOR)
+            unbounded.append(axis)
+        low.append(lower)
+        shape.append(str(size))
+    spec = TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
+    return StatedInput(spec, ShapeRange(tuple(low), tuple(high), tuple(high)), tuple(unbounded))
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
