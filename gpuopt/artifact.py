@@ -12,13 +12,21 @@ from gpuopt.storage import list_files, sha256_file, sha256_json
 ONNX_FILE = "model.onnx"
 """Every ONNX artifact is a folder with this file, and its external data beside it if it has any."""
 
+ENGINE_ONNX_FILE = "engine.onnx"
+"""Its name in a bundle, where the engines are built from another graph than ONNX Runtime gets."""
+
 
 @dataclass(frozen=True)
 class Artifact:
     """A folder of files that a stage made.
 
     Attributes:
-        kind: what it is, by name: `samples`, `onnx`, `reference`, `ranges`, `engine`, `verification`.
+        kind: what it is, by name: `samples`, `onnx`, `engine_onnx`, `reference`, `ranges`, `engine`,
+            `verification`. `onnx` is what ONNX Runtime gets; engines are built from `engine_onnx` where
+            there is one, which is in INT8. They differ in the weights (INT8 numbers for ONNX Runtime;
+            floating point, Q and DQ for TensorRT's builder to fold) and in the remainder: FP16 for
+            TensorRT, FP32 for ONNX Runtime, which would round the biases to a grid that FP16 cannot
+            hold and runs FP16 slowly on a CPU.
         path: the folder.
         sha256: hash over the relative paths and contents of its files.
     """

@@ -1,6 +1,7 @@
 """The bundle: everything a machine without PyTorch needs to run, build, verify and trace a model.
 
-model.onnx                    what is deployed to ONNX Runtime, and what the engines are built from
+model.onnx                    what ONNX Runtime gets
+engine.onnx                   what the engines are built from, where that is another graph
 model.<target>.engine         serialized engines
 calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner

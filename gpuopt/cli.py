@@ -286,5 +286,5 @@ def _report_error(error: GpuoptError, code: int) -> int:
     if _debug:
         import traceback
 
-        traceback.print_exception(error)
+        typer.echo(error.details or "".join(traceback.format_exception(error)), err=True)
     return code

@@ -12,7 +12,7 @@ from typing import Any
 
 import gpuopt
 from gpuopt import bundle, environment
-from gpuopt.artifact import ONNX_FILE
+from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, StorageError
 from gpuopt.pipeline import Runner, Sources, check_request, model_sha256
@@ -133,7 +133,8 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
         recipe = resolve(yaml.safe_load((folder / "recipe.yaml").read_text()))
     stored = reference.load(folder / "reference")
     with progress.stage("verify"):
-        result = check(folder / ONNX_FILE, stored, recipe.verify, recipe.precision)
+        graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
+        result = check(graphs, stored, recipe.verify, recipe.precision)
     error = None if result["passed"] else AccuracyError(result["failures"][0], _ACCURACY_HINT)
     with storage_errors("read", folder / bundle.REPORT_FILE):
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
@@ -258,7 +259,7 @@ def _engines(runner: Runner) -> list[EngineReport]:
                 file=ONNX_FILE,
                 size_bytes=sum(p.stat().st_size for p in graph.path.iterdir()),
                 sha256=sha256_file(path),
-                status=status,  # type: ignore[arg-type]
+                status=status,
                 library_version=environment.version_of("onnxruntime")
                 or environment.version_of("onnxruntime-gpu")
                 or "",
@@ -273,10 +274,12 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
     whole = runner is not None and runner.at_work is None
     if runner is not None and whole:
         graph, stored = runner.artifact("onnx"), runner.artifact("reference")
-        ranges = runner.artifact("ranges")
+        ranges, engine_graph = runner.artifact("ranges"), runner.artifact("engine_onnx")
         if graph and stored:
             files.update({path.name: path for path in graph.path.iterdir()})
             files["reference"] = stored.path
+        if engine_graph and any(result.step.stage.name == "build" for result in runner.results):
+            files[ENGINE_ONNX_FILE] = engine_graph.path / ONNX_FILE
         if ranges:
             files["calibration.ranges.json"] = ranges.path / "ranges.json"
         for result in runner.results:

@@ -24,6 +24,8 @@ class GpuoptError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = ""
+        """Traceback of the process that failed, for `--debug`."""
 
 
 class UsageError(GpuoptError):

@@ -129,6 +129,28 @@ def name_dimensions(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> Non
     del model.graph.value_info[:]
 
 
+def rename_interface(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give the graph's inputs and outputs these names, in order; an inner tensor that has one of them steps aside."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    given = [value.name for value in model.graph.input if value.name not in constants]
+    wanted = dict(zip([*given, *(v.name for v in model.graph.output)], [*inputs, *outputs], strict=True))
+    taken = set(wanted.values()) - set(wanted)
+    renamed = {**{name: f"{name}_inner" for name in taken}, **wanted}
+    _rename_tensors(model.graph, {old: new for old, new in renamed.items() if old != new})
+
+
+def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        value.name = renamed.get(value.name, value.name)
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                names[index] = renamed.get(name, name)
+        for attribute in node.attribute:
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                _rename_tensors(inner, renamed)
+
+
 def static_axes(model: onnx.ModelProto, dynamic: dict[str, tuple[int, ...]]) -> list[str]:
     """Input axes that ought to be dynamic and are fixed in the graph, as `name[axis]`."""
     return [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any
 
 import gpuopt
 from gpuopt import environment
-from gpuopt.artifact import Artifact, StageOutcome, folder_sha256
+from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
-from gpuopt.errors import DataError, GpuoptError, RequirementError, StorageError
+from gpuopt.errors import DataError, GpuoptError, StorageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import list_files, sha256_file, sha256_json, storage_errors
+from gpuopt.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Stage:
 
     Attributes:
         name: also the module below `gpuopt.stages` whose `run` does the work.
-        needs: kinds of artifacts it reads.
-        makes: kinds of artifacts it writes.
+        needs: kinds of artifacts it reads; one with a `?` may be absent.
+        makes: kinds of artifacts it may write.
         sections: parts of the recipe it reads, as `section` or `section.field`.
         packages: distributions whose version can change its result.
         applies: whether a recipe wants the stage.
@@ -52,8 +51,8 @@ def _is_int8(recipe: Recipe) -> bool:
 
 
 def _has_fp16(recipe: Recipe) -> bool:
-    remainder = recipe.cast.remainder == "fp16" and recipe.quantize.format == "qdq"
-    return recipe.precision == "fp16" or (_is_int8(recipe) and remainder)
+    builds_engine = any(target != "onnxruntime" for target in recipe.build.target)
+    return recipe.precision == "fp16" or (_is_int8(recipe) and recipe.cast.remainder == "fp16" and builds_engine)
 
 
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
@@ -71,14 +70,17 @@ STAGES = (
         "calibrate", ("onnx", "reference"), ("ranges",), ("calibrate", "inputs", "export.seed"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
-    Stage("quantize", ("onnx", "ranges"), ("onnx",), ("quantize", "cast.remainder"), _ORT, applies=_is_int8),
-    Stage("cast", ("onnx",), ("onnx",), ("cast",), _ORT, applies=_has_fp16),
     Stage(
-        "build", ("onnx", "reference"), ("engine",), ("build.compute_capability", "build.optimization_level",
-        "build.workspace_mib"), ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
+        "quantize", ("onnx", "ranges"), ("onnx", "engine_onnx"), ("quantize", "cast.remainder"), _ORT, applies=_is_int8
+    ),
+    Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
+    Stage(
+        "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
+        ("build.compute_capability", "build.optimization_level", "build.workspace_mib"),
+        ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
     ),
     Stage(
-        "verify", ("onnx", "reference"), ("verification",), ("verify", "precision"), _ORT,
+        "verify", ("onnx", "engine_onnx?", "reference"), ("verification",), ("verify", "precision"), _ORT,
         applies=lambda recipe: recipe.verify.enabled,
     ),
 )  # fmt: skip
@@ -151,14 +153,15 @@ class Runner:
             GpuoptError: of the step that failed; `at_work` names it.
         """
         try:
-            for step in plan(self.recipe):
-                self.at_work = step
-                result = self._run_step(step)
-                self.results.append(result)
-                for kind, artifact in result.entry.artifacts.items():
-                    key = f"{kind}:{step.target}" if step.target else kind
-                    self._artifacts[key] = artifact
-                self._tell(result)
+            with Worker() as worker:
+                for step in plan(self.recipe):
+                    self.at_work = step
+                    result = self._run_step(step, worker)
+                    self.results.append(result)
+                    for kind, artifact in result.entry.artifacts.items():
+                        key = f"{kind}:{step.target}" if step.target else kind
+                        self._artifacts[key] = artifact
+                    self._tell(result)
             self.at_work = None
         finally:
             if self._key_parts:
@@ -168,7 +171,7 @@ class Runner:
         """The newest artifact of a kind."""
         return self._artifacts.get(f"{kind}:{target}" if target else kind)
 
-    def _run_step(self, step: Step) -> StepResult:
+    def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
         reason = "its data comes from code, which is run anew each time"
         if parts is not None:
@@ -181,7 +184,7 @@ class Runner:
             staged = scratch / "result"
             with storage_errors("write in", scratch):
                 staged.mkdir()
-                outcome, seconds = self._call(step, staged)
+                outcome, seconds = worker.run(step.stage.name, self._context(step, staged))
                 for leftover in staged.iterdir():
                     if leftover.name not in step.stage.makes:
                         _remove(leftover)
@@ -193,32 +196,25 @@ class Runner:
         self._key_parts[step.label] = parts
         return StepResult(step, entry, False, reason)
 
-    def _call(self, step: Step, staged: Path) -> tuple[StageOutcome, float]:
-        stage = step.stage
-        context = StageContext(
-            recipe=self.recipe.restricted_to(stage.sections),
-            artifacts={kind: self._artifacts[kind] for kind in stage.needs},
+    def _context(self, step: Step, staged: Path) -> StageContext:
+        return StageContext(
+            recipe=self.recipe.restricted_to(step.stage.sections),
+            artifacts=self._inputs(step.stage),
             output=staged,
             progress=self.progress,
-            data=self.sources.data if "data" in stage.sources else None,
+            data=self.sources.data if "data" in step.stage.sources else None,
             target=step.target,
         )
-        started = time.monotonic()
-        try:
-            outcome: StageOutcome = importlib.import_module(f"gpuopt.stages.{stage.name}").run(context)
-        except (GpuoptError, KeyboardInterrupt):
-            raise
-        except ModuleNotFoundError as error:
-            module = (error.name or "").partition(".")[0]
-            raise RequirementError(
-                f"{step.label} needs the Python package '{module}', which is not installed",
-                f"Install it: {environment.install_hint(module)}.",
-            ) from error
-        except MemoryError as error:
-            raise RequirementError(
-                f"{step.label} ran out of memory", "Use smaller shapes or a larger machine."
-            ) from error
-        return outcome, time.monotonic() - started
+
+    def _inputs(self, stage: Stage) -> dict[str, Artifact]:
+        found = {}
+        for need in stage.needs:
+            kind = need.removesuffix("?")
+            if kind in self._artifacts:
+                found[kind] = self._artifacts[kind]
+            elif kind == need:
+                raise GpuoptError(f"stage {stage.name} needs '{kind}', which no earlier stage made")
+        return found
 
     def _tell(self, result: StepResult) -> None:
         entry = result.entry
@@ -236,8 +232,8 @@ class Runner:
             parts["target"] = step.target
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
-        for kind in stage.needs:
-            parts[f"input.{kind}"] = self._artifacts[kind].sha256
+        for kind, artifact in self._inputs(stage).items():
+            parts[f"input.{kind}"] = artifact.sha256
         for package in stage.packages:
             parts[f"version of {package}"] = environment.version_of(package) or ""
         if "model" in stage.sources:

@@ -8,15 +8,19 @@ channels; products of two activations (attention) lose accuracy for little gain.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 
+from gpuopt.calibration.collectors import TensorRange
 from gpuopt.recipe import QuantizeSection
 
 WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 CANDIDATE_OPERATORS = (*WEIGHTED_OPERATORS, "Add")
+INT8_LEVELS = 127
+SMALLEST_FP16_SCALE = 2.0**-19
+"""Below it FP16 numbers lie more than 1/32 of the scale apart, and rounding it would waste INT8's levels."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,27 @@ class Placement:
 def candidate_tensors(model: onnx.ModelProto) -> list[str]:
     """Activations that feed a candidate node: the tensors whose ranges quantization may need."""
     constants = {tensor.name for tensor in model.graph.initializer}
+    producers = _producers(model)
     found: dict[str, None] = {}
     for node in model.graph.node:
-        if node.op_type in CANDIDATE_OPERATORS:
-            inputs = node.input if node.op_type == "Add" else node.input[:2]
-            found.update({name: None for name in inputs if name and name not in constants})
+        if node.op_type in WEIGHTED_OPERATORS or _is_residual_add(node, constants, producers):
+            found.update({name: None for name in node.input[:2] if name not in constants})
     return list(found)
 
 
-def place(model: onnx.ModelProto, settings: QuantizeSection, calibrated: set[str]) -> list[Placement]:
+def place(
+    model: onnx.ModelProto, settings: QuantizeSection, ranges: Mapping[str, TensorRange], fp16: bool
+) -> list[Placement]:
     """Decide for every candidate node.
 
     Args:
         model: FP32 graph with unique node names.
         settings: the recipe's section.
-        calibrated: tensors that have a range.
+        ranges: calibrated range of every activation that has one.
+        fp16: whether the remainder, and with it every scale, will be FP16.
     """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
+    producers = _producers(model)
     decisions = []
     for node in model.graph.node:
         if node.op_type not in CANDIDATE_OPERATORS:
@@ -57,7 +64,7 @@ def place(model: onnx.ModelProto, settings: QuantizeSection, calibrated: set[str
         reason = (
             _by_choice(node, settings)
             or _by_kind(node, shapes, producers, settings.min_channels)
-            or _by_range(node, shapes, calibrated)
+            or _by_range(node, shapes, ranges, fp16)
         )
         decisions.append(Placement(node.name, node.op_type, not reason, reason))
     return decisions
@@ -80,10 +87,7 @@ def _by_kind(
     min_channels: int,
 ) -> str:
     if node.op_type == "Add":
-        behind = [producers[name].op_type for name in node.input if name in producers]
-        if any(name in shapes for name in node.input) or not {"Conv", "ConvTranspose"} & set(behind):
-            return "not the residual Add of a convolution"
-        return ""
+        return "" if _is_residual_add(node, shapes, producers) else "not the residual Add of a convolution"
     weight = shapes.get(node.input[1])
     if weight is None:
         return "both operands are activations: attention and the like stay in floating point"
@@ -105,10 +109,27 @@ def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:
     return weight[0], weight[1] * groups
 
 
-def _by_range(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], calibrated: set[str]) -> str:
-    inputs = node.input if node.op_type == "Add" else node.input[:1]
-    missing = [name for name in inputs if name not in shapes and name not in calibrated]
-    return f"no calibrated range for {', '.join(missing)}" if missing else ""
+def _by_range(node: onnx.NodeProto, shapes: Container[str], ranges: Mapping[str, TensorRange], fp16: bool) -> str:
+    for name in node.input if node.op_type == "Add" else node.input[:1]:
+        if name in shapes:
+            continue
+        if name not in ranges:
+            return f"'{name}' has no calibrated range"
+        if ranges[name].amax == 0:
+            return f"'{name}' is zero on all calibration data"
+        if fp16 and ranges[name].amax / INT8_LEVELS < SMALLEST_FP16_SCALE:
+            return f"'{name}' is too small for an FP16 scale (largest value {ranges[name].amax:.1e})"
+    return ""
+
+
+def _is_residual_add(node: onnx.NodeProto, constants: Container[str], producers: Mapping[str, onnx.NodeProto]) -> bool:
+    if node.op_type != "Add" or any(name in constants for name in node.input):
+        return False
+    return any(producers[name].op_type in ("Conv", "ConvTranspose") for name in node.input if name in producers)
+
+
+def _producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

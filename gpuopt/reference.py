@@ -10,6 +10,7 @@ else seeded random values.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def record(folder: Path, interface: Interface, run: Runner, feeds: Mapping[str, 
         outputs = dict(zip(interface.output_names, run(feed), strict=True))
         arrays = {f"input:{name}": value for name, value in feed.items()}
         arrays.update({f"output:{name}": value for name, value in outputs.items()})
-        np.savez(folder / f"{corner.name}.npz", allow_pickle=False, **arrays)
+        save_arrays(folder / f"{corner.name}.npz", arrays)
         for name, value in outputs.items():
             shapes.setdefault(name, []).append(value.shape)
             dtypes[name] = str(value.dtype)
@@ -169,6 +170,14 @@ def record(folder: Path, interface: Interface, run: Runner, feeds: Mapping[str, 
         },
     )
     return load(folder)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write an `.npz` file; keys may be any text, and equal arrays give equal bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
 
 
 def largest_batch(points: Sequence[Corner], profiles: Sequence[Profile]) -> str | None:

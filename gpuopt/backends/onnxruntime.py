@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +23,31 @@ class Session:
     Args:
         model: path of the ONNX file (external data beside it).
         providers: execution providers, first choice first.
-        optimize: whether ONNX Runtime may fuse nodes; off where every tensor must stay visible.
+        optimization: `all`; `basic` where every tensor must stay visible; `none` to run the graph as written.
+        disabled: optimizers to leave out, by ONNX Runtime's names.
 
     Raises:
         BuildError: ONNX Runtime refuses the model.
     """
 
     def __init__(
-        self, model: Path, providers: Sequence[str] = ("CPUExecutionProvider",), optimize: bool = True
+        self,
+        model: Path,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        optimization: str = "all",
+        disabled: Sequence[str] = (),
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = {
+            "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+            "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        }[optimization]
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=list(providers))
+            self._session = ort.InferenceSession(
+                str(model), options, providers=list(providers), disabled_optimizers=list(disabled)
+            )
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise BuildError(
                 f"ONNX Runtime {ort.__version__} refuses {model.name}: {first_line(error)}",
@@ -59,6 +72,31 @@ class Session:
                 "Check that the shapes and value ranges are ones that the model takes.",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+def optimizers_to_disable(model: Path) -> tuple[str, ...]:
+    """The optimizers without which ONNX Runtime opens the model, found in processes of their own.
+
+    On some FP16 graphs ONNX Runtime 1.31 and 1.32 end with a segmentation fault in `NchwcTransformer`.
+
+    Raises:
+        BuildError: it crashes with that optimizer left out, too.
+    """
+    script = (
+        "import sys, onnxruntime as ort; ort.set_default_logger_severity(4); "
+        "ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'], disabled_optimizers=sys.argv[2:])"
+    )
+    code = 0
+    for disabled in ((), ("NchwcTransformer",)):
+        code = subprocess.run(  # noqa: S603 - our own interpreter and script, no shell
+            [sys.executable, "-c", script, str(model), *disabled], capture_output=True, check=False
+        ).returncode
+        if code >= 0:
+            return disabled
+    raise BuildError(
+        f"ONNX Runtime {ort.__version__} crashes while it opens {model.name} ({signal.Signals(-code).name})",
+        "Try another version of onnxruntime, or --precision fp32.",
+    )
 
 
 def first_line(error: BaseException) -> str:

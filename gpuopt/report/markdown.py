@@ -101,6 +101,7 @@ def _accuracy(report: Report) -> str:
         return ""
     rows = [
         (
+            f"`{row['graph']}`",
             row["corner"],
             row["output"],
             "x".join(map(str, row["shape"])) or "scalar",
@@ -111,19 +112,21 @@ def _accuracy(report: Report) -> str:
         )
         for row in result["outputs"]
     ]
-    head = ("corner", "output", "shape", "cosine", "SQNR, dB", "max abs error", "equal values")
-    invariance = result["batch_invariance"]
-    if invariance.get("checked"):
-        batch = (
-            f"Batch invariance: a row alone and in a batch of {invariance['batch']} differ by at most "
-            f"{invariance['worst_relative_error']:.1e} (relative)."
-        )
-    else:
-        batch = f"Batch invariance was not checked: {invariance.get('reason', 'switched off')}."
+    head = ("graph", "corner", "output", "shape", "cosine", "SQNR, dB", "max abs error", "equal values")
+    batch = "\n".join(_invariance(graph, found) for graph, found in result["batch_invariance"].items())
     failures = "\n".join(f"- {failure}" for failure in result["failures"])
-    title = f"## Accuracy: `model.onnx` in ONNX Runtime against {result['reference']}"
+    title = f"## Accuracy in ONNX Runtime against {result['reference']}"
     parts = [title, table(head, rows), batch, f"Limit: cosine at least {result['limits']['min_cosine']}.", failures]
     return "\n\n".join(part for part in parts if part)
+
+
+def _invariance(graph: str, found: dict[str, Any]) -> str:
+    if not found["checked"]:
+        return f"- Batch invariance of `{graph}` was not checked: {found['reason']}."
+    return (
+        f"- Batch invariance of `{graph}`: a row alone and in a batch of {found['batch']} differ by at most "
+        f"{found['worst_relative_error']:.1e} (relative)."
+    )
 
 
 def _export(report: Report) -> str:

@@ -28,8 +28,8 @@ def render(report: Report) -> str:
             figures.append(f"cosine {min(cosines):.5f}")
         if sqnrs:
             figures.append(f"SQNR {min(sqnrs):.1f} dB")
-        invariance = report.verification["batch_invariance"]
-        if invariance.get("checked") and not invariance["failures"]:
+        invariance = report.verification["batch_invariance"].values()
+        if invariance and all(found["checked"] and not found["failures"] for found in invariance):
             figures.append("batch-invariant")
         lines.append(
             f"accuracy     {', '.join(figures) or 'exact'}; worst of {len(corners)} shape corners, "

@@ -24,7 +24,7 @@ def run(context: StageContext) -> StageOutcome:
         optimization_level=settings.optimization_level,
         workspace_bytes=settings.workspace_mib * (1 << 20) if settings.workspace_mib else None,
     )
-    onnx_path = context.folder("onnx") / ONNX_FILE
+    onnx_path = context.engine_graph() / ONNX_FILE
     built = tensorrt.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
     path.write_bytes(built.plan)

@@ -78,4 +78,4 @@ def _watching_session(model: onnx.ModelProto, watched: list[str], context: Stage
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(types[name] for name in watched if name not in outputs)
     folder = context.output / "watched"
-    return Session(onnx_model.save(model, folder), optimize=False)
+    return Session(onnx_model.save(model, folder), optimization="basic")

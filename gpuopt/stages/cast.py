@@ -16,7 +16,7 @@ from gpuopt.stages.context import StageContext
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Make `onnx` with FP16 tensors inside.
+    """Make `onnx` with FP16 tensors inside, or `engine_onnx` where INT8 leaves one to cast.
 
     Raises:
         QuantizationError: the converter fails or leaves an invalid graph.
@@ -24,9 +24,9 @@ def run(context: StageContext) -> StageOutcome:
     from onnxruntime.transformers import float16
 
     settings = context.recipe.cast
-    model = onnx_model.load(context.folder("onnx"))
+    model = onnx_model.load(context.engine_graph())
     keep = [n.name for n in model.graph.node if any(fnmatch.fnmatchcase(n.name, p) for p in settings.nodes_to_keep)]
-    path = context.made("onnx") / ONNX_FILE
+    path = context.made("engine_onnx" if "engine_onnx" in context.artifacts else "onnx") / ONNX_FILE
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -38,6 +38,10 @@ class StageContext:
             raise GpuoptError(f"the stage did not declare that it needs '{kind}'")
         return self.artifacts[kind].path
 
+    def engine_graph(self) -> Path:
+        """The folder of the ONNX graph that engines are built from."""
+        return self.folder("engine_onnx" if "engine_onnx" in self.artifacts else "onnx")
+
     def made(self, kind: str) -> Path:
         """A new folder for an artifact of this kind."""
         folder = self.output / kind

@@ -158,15 +158,11 @@ def _export_dynamo(loaded: Any, tensors: dict[str, Any], stored: Reference, opse
         if not kwargs and loaded.parameters:
             options["dynamic_shapes"] = tuple(by_name.values()) if len(by_name) == len(args) else None
         target = torch.export.export(loaded.module, args, kwargs, strict=False, **options)
-    program = torch.onnx.export(
-        target,
-        input_names=[spec.name for spec in stored.inputs],
-        output_names=[spec.name for spec in stored.outputs],
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
-    program.save(str(path))
+    program = torch.onnx.export(target, opset_version=opset, dynamo=True, verbose=False)
+    # The exporter's own renaming does not look whether an inner tensor has the name already.
+    model = program.model_proto
+    onnx_model.rename_interface(model, [s.name for s in stored.inputs], [s.name for s in stored.outputs])
+    onnx.save(model, str(path))
 
 
 def _export_torchscript(loaded: Any, tensors: dict[str, Any], stored: Reference, opset: int, path: Path) -> None:

@@ -34,15 +34,16 @@ _SMALLEST_FP16 = np.float16(2.0**-24)
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Make `onnx`: the graph with INT8 in it.
+    """Make `onnx` with INT8 weights, and from Q/DQ `engine_onnx` with floating-point weights behind Q and DQ.
 
     Raises:
         QuantizationError: nothing can be quantized, or onnxruntime's quantizer fails.
     """
     recipe = context.recipe
     model = onnx_model.load(context.folder("onnx"))
+    fp16 = recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16"
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
-    decisions = placement.place(model, recipe.quantize, set(known))
+    decisions = placement.place(model, recipe.quantize, known, fp16)
     chosen = [decision for decision in decisions if decision.quantized]
     if not chosen:
         reasons = Counter(d.reason for d in decisions).most_common(2)
@@ -59,9 +60,12 @@ def run(context: StageContext) -> StageOutcome:
             "Exclude the node with --set quantize.nodes_to_exclude=[NAME]; --debug shows where it failed.",
         ) from error
     rounded = 0
-    if recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16":
+    if fp16:
         rounded = _scales_representable_in_fp16(quantized)
     quantized = onnx_model.sort_topologically(quantized)
+    if recipe.quantize.format == "qdq":
+        onnx_model.save(quantized, context.made("engine_onnx"))
+        _fold_weights(quantized)
     onnx_model.save(quantized, context.made("onnx"))
     operators = Counter(node.op_type for node in quantized.graph.node)
     facts = {
@@ -137,6 +141,28 @@ def _scales_representable_in_fp16(model: onnx.ModelProto) -> int:
         tensor.CopyFrom(numpy_helper.from_array(half.astype(np.float32), name))
         changed += int(not np.array_equal(half.astype(np.float32), scale))
     return changed
+
+
+def _fold_weights(model: onnx.ModelProto) -> None:
+    """Replace every weight behind a QuantizeLinear by its INT8 numbers, as ONNX's definition computes them."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    folded = []
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or not {node.input[0], node.input[1]} <= initializers.keys():
+            continue
+        weight = numpy_helper.to_array(initializers[node.input[0]])
+        scale = numpy_helper.to_array(initializers[node.input[1]])
+        if scale.ndim:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            scale = scale.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
+        numbers = np.clip(np.rint(weight / scale), -128, 127).astype(np.int8)
+        model.graph.initializer.append(numpy_helper.from_array(numbers, node.output[0]))
+        folded.append(node)
+    for node in folded:
+        model.graph.node.remove(node)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in [t for t in model.graph.initializer if t.name not in used]:
+        model.graph.initializer.remove(tensor)
 
 
 def _scale_names(nodes: Iterable[onnx.NodeProto]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuopt import reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.stages.context import StageContext
 
@@ -25,7 +26,7 @@ def run(context: StageContext) -> StageOutcome:
     reader = open_data(context.data, [], context.recipe.calibrate)
     feeds = list(itertools.islice(iter(reader), COUNT))
     arrays = {f"{index}:{name}": value for index, feed in enumerate(feeds) for name, value in feed.items()}
-    np.savez(folder / SAMPLES_FILE, allow_pickle=False, **arrays)
+    reference.save_arrays(folder / SAMPLES_FILE, arrays)
     return StageOutcome({"samples": len(feeds)})
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpuopt import reference
-from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.onnxruntime import Session
+from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE, StageOutcome
+from gpuopt.backends.onnxruntime import Session, optimizers_to_disable
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Array, Reference
 from gpuopt.stages.context import StageContext
@@ -21,6 +21,7 @@ VERIFICATION_FILE = "verification.json"
 MIN_COSINE: Mapping[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.95}
 """Smallest cosine similarity a floating-point output may have, by the precision asked for."""
 
+_HOW_TO_OPEN = "on the CPU open it with InferenceSession(..., disabled_optimizers=[NAME])"
 _MIN_AGREEMENT: Mapping[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
 _BATCH_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
 
@@ -28,24 +29,33 @@ _BATCH_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8
 def run(context: StageContext) -> StageOutcome:
     """Make `verification`: verdict and figures. A failed verdict is a result; what follows from it is the caller's."""
     stored = reference.load(context.folder("reference"))
-    path = context.folder("onnx") / ONNX_FILE
-    result = check(path, stored, context.recipe.verify, context.recipe.precision)
+    graphs = {ONNX_FILE: context.folder("onnx") / ONNX_FILE}
+    if "engine_onnx" in context.artifacts:
+        graphs[ENGINE_ONNX_FILE] = context.folder("engine_onnx") / ONNX_FILE
+    result = check(graphs, stored, context.recipe.verify, context.recipe.precision)
     write_json(context.made("verification") / VERIFICATION_FILE, result)
-    return StageOutcome(result)
+    return StageOutcome(result, tuple(result["warnings"]))
 
 
-def check(path: Path, stored: Reference, settings: VerifySection, precision: Precision) -> dict[str, Any]:
-    """Run an ONNX file in ONNX Runtime at every corner.
+def check(
+    graphs: Mapping[str, Path], stored: Reference, settings: VerifySection, precision: Precision
+) -> dict[str, Any]:
+    """Run ONNX graphs in ONNX Runtime at every corner.
+
+    `model.onnx` runs as its users run it, optimized. `engine.onnx` runs node by node, so that its
+    figures are those of the graph as written, which TensorRT gets.
+
+    Args:
+        graphs: path of each graph by its name in the bundle.
 
     Returns:
-        `passed`, `failures` (one line each), `limits`, and for every corner and output: `cosine` and
-        `sqnr_db` (signal over error power, dB) for floating-point outputs, `agreement` (share of
+        `passed`, `failures` and `warnings` (one line each), `limits`, and for every graph, corner and
+        output: `cosine` and `sqnr_db` (signal over error power, dB) for floating-point outputs, `agreement` (share of
         equal values) for others, `max_abs_error`; then `batch_invariance`.
 
     Raises:
         BuildError, QuantizationError: ONNX Runtime refuses the model or fails on a corner's inputs.
     """
-    session = Session(path)
     minimum = settings.min_cosine if settings.min_cosine is not None else MIN_COSINE[precision]
     limits = {
         "min_cosine": minimum,
@@ -55,17 +65,22 @@ def check(path: Path, stored: Reference, settings: VerifySection, precision: Pre
     }
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    for corner in stored.corners:
-        actual = session.run(stored.feed(corner))
-        for name, expected in stored.expected(corner).items():
-            row = {"corner": corner.name, "output": name, **compare(actual[name], expected)}
-            rows.append(row)
-            if problem := _problem(row, limits):
-                failures.append(f"output '{name}' at {corner.name}: {problem}")
-    invariance: dict[str, Any] = {"checked": False}
-    if settings.batch_invariance:
-        invariance = _batch_invariance(session, stored, limits)
-    failures += invariance.get("failures", [])
+    warnings: list[str] = []
+    invariance: dict[str, dict[str, Any]] = {}
+    for graph, path in graphs.items():
+        disabled = optimizers_to_disable(path) if graph == ONNX_FILE else ()
+        warnings.extend(f"{graph} makes ONNX Runtime crash in {name}: {_HOW_TO_OPEN}" for name in disabled)
+        session = Session(path, disabled=disabled, optimization="all" if graph == ONNX_FILE else "none")
+        for corner in stored.corners:
+            actual = session.run(stored.feed(corner))
+            for name, expected in stored.expected(corner).items():
+                row = {"graph": graph, "corner": corner.name, "output": name, **compare(actual[name], expected)}
+                rows.append(row)
+                if problem := _problem(row, limits):
+                    failures.append(f"{graph}, output '{name}' at {corner.name}: {problem}")
+        if settings.batch_invariance:
+            invariance[graph] = _batch_invariance(session, stored, limits)
+            failures += [f"{graph}, {failure}" for failure in invariance[graph].get("failures", [])]
     return {
         "runtime": "onnxruntime",
         "reference": stored.origin,
@@ -74,6 +89,7 @@ def check(path: Path, stored: Reference, settings: VerifySection, precision: Pre
         "limits": limits,
         "outputs": rows,
         "batch_invariance": invariance,
+        "warnings": warnings,
     }
 
 
