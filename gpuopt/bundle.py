@@ -20,7 +20,7 @@ from typing import Any
 
 from gpuopt.artifact import folder_hashes
 from gpuopt.errors import StorageError, UsageError
-from gpuopt.storage import publish_folder, scratch_folder, storage_errors, write_json, write_text
+from gpuopt.storage import list_files, publish_folder, scratch_folder, storage_errors, write_json, write_text
 
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
@@ -37,12 +37,21 @@ def check_destination(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder} exists and is not a folder", "Choose another --output.")
     with storage_errors("write", folder):
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not _is_bundle(folder):
             raise UsageError(
                 f"{folder} holds files and is not a gpuopt bundle", "Choose an empty or new folder with --output."
             )
     with scratch_folder(folder.parent, folder.name):
         pass
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether the manifest is one of ours: others write a `manifest.json`, too, and the folder will be replaced."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        return isinstance(manifest, dict) and {"manifest_version", "files"} <= manifest.keys()
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, str], about: Mapping[str, Any]) -> None:
@@ -61,10 +70,11 @@ def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, 
         with storage_errors("write", destination):
             staged.mkdir()
             for name, source in files.items():
-                if source.is_dir():
-                    shutil.copytree(source, staged / name)
-                else:
-                    shutil.copyfile(source, staged / name)
+                # Not copytree, whose error of its own hides that the disk is full.
+                for path in list_files(source) if source.is_dir() else [source]:
+                    copy = staged / name / path.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
         for name, text in documents.items():
             write_text(staged / name, text)
         with storage_errors("read", staged):
@@ -92,7 +102,10 @@ def open_bundle(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} cannot be read: {error}", "Copy the bundle again.") from error
     with storage_errors("read", folder):
+        links = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink())
         actual = folder_hashes(folder)
+    if links:
+        raise StorageError(f"bundle {folder}: {links[0]} is a link", "Copy the bundle again with the files themselves.")
     actual.pop(MANIFEST_FILE, None)
     for name in sorted({*expected, *actual}):
         if expected.get(name) != actual.get(name):

@@ -69,8 +69,11 @@ class Cache:
                 artifacts[kind] = Artifact(kind, folder / kind, sha256_json(hashes))
             return Entry(artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
         except FileNotFoundError:
+            # A folder without its record would be in the way of `store` for ever.
+            if folder.exists():
+                self._discard(folder)
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self._discard(folder)
             return None
 
@@ -94,8 +97,10 @@ class Cache:
             try:
                 staged.rename(folder)
             except OSError:
-                if self.lookup(parts) is None:
-                    staged.rename(folder)
+                # Another run was first, and its files are what lies there now; or it is a damaged entry.
+                if existing := self.lookup(parts):
+                    return existing
+                staged.rename(folder)
         artifacts = {kind: Artifact(kind, folder / kind, sha256_json(hashes[kind])) for kind in kinds}
         return Entry(artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
 

@@ -113,9 +113,17 @@ def compile(  # noqa: A001 - the command's name
         list[str] | None,
         typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
     ] = None,
-    min_shapes: Annotated[list[str] | None, typer.Option("--min-shapes", metavar="NAME:SHAPE,...")] = None,
-    opt_shapes: Annotated[list[str] | None, typer.Option("--opt-shapes", metavar="NAME:SHAPE,...")] = None,
-    max_shapes: Annotated[list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...")] = None,
+    min_shapes: Annotated[
+        list[str] | None,
+        typer.Option("--min-shapes", metavar="NAME:SHAPE,...", help="Smallest shapes of dynamic inputs."),
+    ] = None,
+    opt_shapes: Annotated[
+        list[str] | None,
+        typer.Option("--opt-shapes", metavar="NAME:SHAPE,...", help="Shapes the kernels are chosen for."),
+    ] = None,
+    max_shapes: Annotated[
+        list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...", help="Largest shapes.")
+    ] = None,
     calibration_data: Annotated[
         str | None,
         typer.Option(

@@ -245,6 +245,7 @@ def _engines(runner: Runner) -> list[EngineReport]:
                 sha256=sha256_file(artifact.path / facts["file"]),
                 status="built",
                 library_version=facts["library_version"],
+                compute_capabilities=facts["compute_capabilities"],
                 note=_NOT_RUN_HERE[facts["target"]],
             )
         )
@@ -263,6 +264,7 @@ def _engines(runner: Runner) -> list[EngineReport]:
                 library_version=environment.version_of("onnxruntime")
                 or environment.version_of("onnxruntime-gpu")
                 or "",
+                compute_capabilities=[],
                 note="",
             )
         )
@@ -299,7 +301,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         "model": report.model.model_dump(mode="json"),
         "precision": report.precision,
         "targets": [
-            {"target": e.target, "file": e.file, "library_version": e.library_version, "note": e.note}
+            e.model_dump(mode="json", include={"target", "file", "library_version", "compute_capabilities", "note"})
             for e in report.engines
         ],
         "environment": report.environment,

@@ -121,7 +121,22 @@ def resolve(
                 f"profiles.{index} names {', '.join(sorted(further))}; the inputs are {', '.join(names)}",
                 "Give every profile a range for every input.",
             )
+        for name, wanted in further.items():
+            model = by_name.get(name)
+            if len(wanted.min) != len(profile[name].min) or (model and not model.admits(wanted)):
+                raise UsageError(
+                    f"profiles.{index}: input '{name}' does not take "
+                    f"{format_shape(wanted.min)} to {format_shape(wanted.max)}",
+                    "Ask for shapes that the model takes, with the same number of dimensions in every profile.",
+                )
     return ResolvedInputs(tuple(_name_axes(spec, profiles) for spec in specs), profiles, tuple(warnings))
+
+
+def with_model_names(samples: Sequence[reference.Feed], stated: Sequence[StatedInput]) -> list[reference.Feed]:
+    """Samples of one array under the name of the model's only input, whatever the data calls it."""
+    if len(stated) != 1 or any(len(sample) != 1 for sample in samples):
+        return list(samples)
+    return [{stated[0].spec.name: value} for sample in samples for value in sample.values()]
 
 
 def corner_feeds(
@@ -129,16 +144,10 @@ def corner_feeds(
 ) -> dict[str, dict[str, reference.Array]]:
     """Reference inputs for every corner of the profiles, by corner name."""
     only = resolved.inputs[0].name
-    bounds = {
-        name or only: (
-            section.low if section.low is not None else 0.0,
-            section.high if section.high is not None else 1.0,
-        )
-        for name, section in recipe.inputs.items()
-        if section.low is not None or section.high is not None
-    }
+    bounds = {name or only: section.bounds() for name, section in recipe.inputs.items()}
+    known = {name: pair for name, pair in bounds.items() if pair}
     return {
-        corner.name: reference.make_feed(corner, resolved.inputs, samples, bounds, recipe.export.seed + index)
+        corner.name: reference.make_feed(corner, resolved.inputs, samples, known, recipe.export.seed + index)
         for index, corner in enumerate(corners(resolved.profiles))
     }
 

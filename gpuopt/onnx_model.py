@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,14 +34,15 @@ def load_untrusted(path: Path) -> onnx.ModelProto:
         ModelError: it is no ONNX file, or its external data is missing or leaves its folder.
     """
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        # Without the format onnx goes by the file's suffix.
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise ModelError(f"{path} is not a whole ONNX file: {error}", "Save or download the model again.") from error
     folder = path.parent.resolve()
     for tensor in _external_tensors(model):
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        data = (folder / location).resolve()
-        if not location or not data.is_relative_to(folder):
+        data = (folder / location.partition("\0")[0]).resolve()
+        if not location or "\0" in location or not data.is_relative_to(folder):
             raise ModelError(
                 f"{path}: external data '{location}' of '{tensor.name}' leaves the model's folder",
                 "Store the weights beside the model.",
@@ -120,8 +123,10 @@ def name_dimensions(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> Non
     for value in model.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             name = wanted.get(value.name, ())[axis : axis + 1]
-            if dim.dim_param and name and isinstance(name[0], str):
-                renamed.setdefault(dim.dim_param, name[0])
+            if dim.HasField("dim_value") or not name or not isinstance(name[0], str):
+                continue
+            dim.dim_param = dim.dim_param or name[0]
+            renamed.setdefault(dim.dim_param, name[0])
     for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -130,13 +135,57 @@ def name_dimensions(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> Non
 
 
 def rename_interface(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Give the graph's inputs and outputs these names, in order; an inner tensor that has one of them steps aside."""
+    """Give the graph's inputs and outputs these names, in order; an inner tensor that has one of them steps aside.
+
+    An output that is an input, or another output, passed through gets a tensor of its own.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     given = [value.name for value in model.graph.input if value.name not in constants]
+    used = _tensor_names(model.graph) | set(inputs) | set(outputs)
+    bound = {value.name for value in model.graph.input}
+    for value in model.graph.output:
+        if value.name in bound:
+            copy = _free_name(value.name, used)
+            model.graph.node.append(helper.make_node("Identity", [value.name], [copy], name=copy))
+            value.name = copy
+        bound.add(value.name)
     wanted = dict(zip([*given, *(v.name for v in model.graph.output)], [*inputs, *outputs], strict=True))
-    taken = set(wanted.values()) - set(wanted)
-    renamed = {**{name: f"{name}_inner" for name in taken}, **wanted}
+    taken = sorted(set(wanted.values()) - set(wanted))
+    renamed = {**{name: _free_name(f"{name}_inner", used) for name in taken}, **wanted}
     _rename_tensors(model.graph, {old: new for old, new in renamed.items() if old != new})
+
+
+def tensors_used(graph: onnx.GraphProto) -> set[str]:
+    """Names that the graph's nodes, those of its subgraphs and its outputs read."""
+    used = {value.name for value in graph.output}
+    return used.union(*map(_names_read, graph.node))
+
+
+def _names_read(node: onnx.NodeProto) -> set[str]:
+    return set(node.input).union(*map(tensors_used, _subgraphs(node)))
+
+
+def _tensor_names(graph: onnx.GraphProto) -> set[str]:
+    names = {value.name for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]}
+    for node in graph.node:
+        names.update(node.input, node.output)
+        for inner in _subgraphs(node):
+            names |= _tensor_names(inner)
+    return names
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _free_name(name: str, used: set[str]) -> str:
+    """The name, or with a number behind it that makes it new; it counts as used from then on."""
+    free = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in used)
+    used.add(free)
+    return free
 
 
 def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
@@ -146,9 +195,8 @@ def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
                 names[index] = renamed.get(name, name)
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _rename_tensors(inner, renamed)
+        for inner in _subgraphs(node):
+            _rename_tensors(inner, renamed)
 
 
 def static_axes(model: onnx.ModelProto, dynamic: dict[str, tuple[int, ...]]) -> list[str]:
@@ -165,19 +213,36 @@ def node_names_made_unique(model: onnx.ModelProto) -> None:
     """Every node gets a name, and no two the same: placement and fallback speak of nodes by name."""
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}_{index}"
-        seen.add(node.name)
+        name = node.name or f"{node.op_type}_{index}"
+        node.name = _free_name(name if name not in seen else f"{name}_{index}", seen)
 
 
 def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Nodes in an order in which every input is made before it is used."""
-    from onnxruntime.transformers.onnx_model import OnnxModel
+    """The model, its nodes put in an order in which every tensor is made before it is read, also by a subgraph.
 
-    wrapped = OnnxModel(model)
-    wrapped.topological_sort()
-    sorted_model: onnx.ModelProto = wrapped.model
-    return sorted_model
+    Nodes that need not move stay in their order.
+    """
+    nodes = list(model.graph.node)
+    producers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needs = [{producers[name] for name in _names_read(node) if name in producers} for node in nodes]
+    users: list[list[int]] = [[] for _ in nodes]
+    for index, needed in enumerate(needs):
+        for producer in needed:
+            users[producer].append(index)
+    ready = [index for index, needed in enumerate(needs) if not needed]
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for user in users[index]:
+            needs[user].remove(index)
+            if not needs[user]:
+                heapq.heappush(ready, user)
+    if len(order) != len(nodes):
+        raise ValueError("the graph has a cycle")
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[index] for index in order)
+    return model
 
 
 def fits(spec: TensorSpec, shape: Shape) -> bool:

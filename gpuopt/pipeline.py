@@ -17,7 +17,7 @@ from gpuopt.errors import DataError, GpuoptError, StorageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe
 from gpuopt.stages.context import StageContext
-from gpuopt.storage import list_files, sha256_file, sha256_json, storage_errors
+from gpuopt.storage import sha256_file, sha256_json, storage_errors
 from gpuopt.worker import Worker
 
 
@@ -154,9 +154,11 @@ class Runner:
         """
         try:
             with Worker() as worker:
-                for step in plan(self.recipe):
+                steps = plan(self.recipe)
+                for number, step in enumerate(steps, 1):
                     self.at_work = step
-                    result = self._run_step(step, worker)
+                    with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):
+                        result = self._run_step(step, worker)
                     self.results.append(result)
                     for kind, artifact in result.entry.artifacts.items():
                         key = f"{kind}:{step.target}" if step.target else kind
@@ -173,14 +175,14 @@ class Runner:
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
-        reason = "its data comes from code, which is run anew each time"
+        reason = "its data comes from code, which runs each time" if "data" in step.stage.sources else "first run"
         if parts is not None:
             entry = self.cache.lookup(parts)
             if entry:
                 self._key_parts[step.label] = parts
                 return StepResult(step, entry, True, "nothing it depends on changed")
             reason = explain(self._last.get(step.label), parts)
-        with self.cache.scratch() as scratch, self.progress.stage(step.label):
+        with self.cache.scratch() as scratch:
             staged = scratch / "result"
             with storage_errors("write in", scratch):
                 staged.mkdir()
@@ -242,7 +244,7 @@ class Runner:
                 return None
             parts["input.model"] = fingerprint
         if "data" in stage.sources:
-            fingerprint = self._data_fingerprint()
+            fingerprint = self._data_fingerprint(stage.name)
             if fingerprint is None:
                 return None
             parts["input.calibration data"] = fingerprint
@@ -273,21 +275,17 @@ class Runner:
             found["package"] = environment.version_of(package)
         return sha256_json(found)
 
-    @functools.cached_property
-    def _data_files(self) -> list[Path] | None:
-        data = self.sources.data
-        if data is None or self.recipe.calibrate.random:
-            return []
-        path = Path(data)
-        if not path.exists():
-            return None
-        return list_files(path) if path.is_dir() else [path]
+    def _data_fingerprint(self, stage: str) -> str | None:
+        from gpuopt.calibration.reading import data_files
+        from gpuopt.stages.samples import COUNT
 
-    def _data_fingerprint(self) -> str | None:
-        files = self._data_files
+        data, settings = self.sources.data, self.recipe.calibrate
+        if data is None or settings.random:
+            return "none"
+        files = data_files(data, COUNT if stage == "samples" else settings.samples)
         if files is None:
             return None
-        with storage_errors("read", Path(self.sources.data or ".")):
+        with storage_errors("read", Path(data)):
             return sha256_json([[file.name, sha256_file(file)] for file in files])
 
 

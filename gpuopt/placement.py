@@ -23,6 +23,9 @@ SMALLEST_FP16_SCALE = 2.0**-19
 """Below it FP16 numbers lie more than 1/32 of the scale apart, and rounding it would waste INT8's levels."""
 
 
+LARGEST_FP16 = 65504.0
+
+
 @dataclass(frozen=True)
 class Placement:
     """The decision on one node; `reason` is empty for a node that is quantized."""
@@ -89,6 +92,8 @@ def _by_kind(
     if node.op_type == "Add":
         return "" if _is_residual_add(node, shapes, producers) else "not the residual Add of a convolution"
     weight = shapes.get(node.input[1])
+    if weight is None and node.input[0] in shapes:
+        return "the weight is the first operand: TensorRT fuses Q and DQ for the second"
     if weight is None:
         return "both operands are activations: attention and the like stay in floating point"
     if len(weight) < 2:
@@ -119,6 +124,8 @@ def _by_range(node: onnx.NodeProto, shapes: Container[str], ranges: Mapping[str,
             return f"'{name}' is zero on all calibration data"
         if fp16 and ranges[name].amax / INT8_LEVELS < SMALLEST_FP16_SCALE:
             return f"'{name}' is too small for an FP16 scale (largest value {ranges[name].amax:.1e})"
+        if fp16 and ranges[name].amax / INT8_LEVELS > LARGEST_FP16:
+            return f"'{name}' is too large for an FP16 scale (largest value {ranges[name].amax:.1e})"
     return ""
 
 

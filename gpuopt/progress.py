@@ -77,7 +77,6 @@ class RichBars:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
-            MofNCompleteColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
@@ -90,7 +89,7 @@ class RichBars:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[steps]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -101,7 +100,7 @@ class RichBars:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         with self._bars:
-            task = self._bars.add_task(name, total=None)
+            task = self._bars.add_task(name, total=None, steps="")
             self._task = int(task)
             try:
                 yield
@@ -113,7 +112,8 @@ class RichBars:
         from rich.progress import TaskID
 
         if self._task is not None:
-            self._bars.update(TaskID(self._task), completed=done, total=total)
+            steps = f"{done}/{total}" if total else f"{done}"
+            self._bars.update(TaskID(self._task), completed=done, total=total, steps=steps)
 
     def line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.shapes import DTYPES, Profile, Shape, ShapeRange, format_shape, parse_shape
+from gpuopt.shapes import DTYPES, Profile, ShapeRange, format_shape, parse_shape
 from gpuopt.storage import storage_errors
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -43,7 +43,7 @@ def _as_shape(value: Any) -> Any:
             return parse_shape(value)
         except UsageError as error:
             raise ValueError(error.message) from error
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     return value
 
@@ -52,12 +52,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-ShapeField = Annotated[Shape, BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
+_Size = Annotated[int, Field(ge=1, strict=True)]
+ShapeField = Annotated[tuple[_Size, ...], BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -91,12 +92,23 @@ class InputSection(Section):
 
     def range(self) -> ShapeRange | None:
         """The min / opt / max shapes; a missing one is taken from its nearest neighbour."""
-        low = self.min or self.opt or self.shape or self.max
-        mid = self.opt or self.shape or self.max or self.min
-        high = self.max or self.opt or self.shape or self.min
+        known = {
+            "min": (self.min, self.opt, self.shape, self.max),
+            "opt": (self.opt, self.shape, self.max, self.min),
+            "max": (self.max, self.opt, self.shape, self.min),
+        }
+        # Not `or`: the shape of a scalar is the empty tuple.
+        found = {name: next((s for s in shapes if s is not None), None) for name, shapes in known.items()}
+        low, mid, high = found["min"], found["opt"], found["max"]
         if low is None or mid is None or high is None:
             return None
         return ShapeRange(low, mid, high)
+
+    def bounds(self) -> tuple[float, float] | None:
+        """Value range of generated inputs; None: the default of their dtype."""
+        if self.low is None and self.high is None:
+            return None
+        return (self.low if self.low is not None else 0.0, self.high if self.high is not None else 1.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> InputSection:
@@ -104,6 +116,9 @@ class InputSection(Section):
             self.range()
         except UsageError as error:
             raise ValueError(error.message) from error
+        bounds = self.bounds()
+        if bounds and bounds[0] > bounds[1]:
+            raise ValueError(f"low {bounds[0]:g} is above high {bounds[1]:g} (by default 0 and 1)")
         return self
 
 
@@ -232,8 +247,8 @@ class Recipe(Section):
         for name in sections:
             section, _, field = name.partition(".")
             if field:
-                default = Recipe.model_fields[section].default
-                kept[section] = default.model_copy(update={field: getattr(getattr(self, section), field)})
+                so_far = kept.get(section, Recipe.model_fields[section].default)
+                kept[section] = so_far.model_copy(update={field: getattr(getattr(self, section), field)})
             else:
                 kept[section] = getattr(self, section)
         return Recipe.model_construct(**kept)
@@ -259,6 +274,10 @@ class Recipe(Section):
 
 
 _NO_MODEL = ModelSection.model_construct()
+
+
+# Of a value that only looks like a date or a number, PyYAML raises what the conversion raises.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -290,7 +309,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes", "A recipe is a short YAML file.")
     try:
         value = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         raise UsageError(
             f"{path} is not a recipe: {_one_line(error)}", "Write it as YAML, one section a stage."
         ) from error
@@ -326,7 +345,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise UsageError(f"--set {text}: {_one_line(error)}", "Quote the value as YAML would.") from error
 
 
@@ -345,7 +364,7 @@ def resolve(tree: Mapping[str, Any]) -> Recipe:
 
 def _explain(problem: Any, count: int) -> GpuoptError:
     path = [str(part) for part in problem["loc"]]
-    where = ".".join(path) or "recipe"
+    where = ".".join(path)
     more = f" (and {count - 1} more)" if count > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _fields_at(path[:-1])
@@ -357,18 +376,17 @@ def _explain(problem: Any, count: int) -> GpuoptError:
     rule = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
     shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
-    return UsageError(f"recipe: {where}{shown}: {rule}{more}", "gpuopt compile --dry-run prints the resolved recipe.")
+    subject = f"{where}{shown}: " if where else ""
+    return UsageError(f"recipe: {subject}{rule}{more}", "gpuopt compile --dry-run prints the resolved recipe.")
 
 
 def _fields_at(path: list[str]) -> list[str]:
+    if path and path[0] in ("inputs", "profiles"):
+        return list(InputSection.model_fields)
     model: Any = Recipe
     for part in path:
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            # The key of a mapping or the index of a list: the sections below are InputSections.
-            model = InputSection
-            continue
-        model = _section_of(field.annotation)
+        model = _section_of(field.annotation) if field else None
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

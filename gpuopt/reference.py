@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuopt.errors import StorageError
+from gpuopt.errors import StorageError, UsageError
 from gpuopt.shapes import Corner, Profile, Shape, ShapeRange, TensorSpec, corners, format_shape, parse_shape
 from gpuopt.storage import write_json
 
@@ -90,19 +90,25 @@ def make_feed(
 
 
 def _fit(samples: Sequence[Array], shape: Shape) -> Array:
-    """Stack samples along axis 0 and cut or repeat every axis to `shape`."""
-    first = samples[0]
-    if first.ndim == len(shape) + 1 and first.shape[0] == 1:
-        samples = [sample[0] for sample in samples]
-        first = samples[0]
+    """One sample a row, in turn; every other axis cut or repeated to `shape`."""
+    rows = [row for sample in samples for row in _rows(sample, len(shape))]
     if not shape:
-        return first.reshape(())
-    same_rest = all(sample.shape[1:] == first.shape[1:] for sample in samples)
-    whole = np.concatenate(samples, axis=0) if same_rest and first.ndim else first
-    for axis, size in enumerate(shape):
-        if whole.shape[axis] != size:
-            whole = np.take(whole, np.arange(size) % whole.shape[axis], axis=axis)
-    return np.ascontiguousarray(whole)
+        return rows[0].reshape(())
+    fitted = []
+    for index in range(shape[0]):
+        row = rows[index % len(rows)]
+        for axis, size in enumerate(shape[1:]):
+            if row.shape[axis] != size:
+                row = np.take(row, np.arange(size) % row.shape[axis], axis=axis)
+        fitted.append(row)
+    return np.stack(fitted)
+
+
+def _rows(sample: Array, rank: int) -> list[Array]:
+    """A sample of the input's rank is cut along its first axis; one with a leading 1 to spare loses it first."""
+    if sample.ndim == rank + 1 and sample.shape[0] == 1:
+        sample = sample[0]
+    return [sample] if rank == 0 else list(sample)
 
 
 def _generate(
@@ -246,7 +252,7 @@ def load(folder: Path) -> Reference:
             ),
             batched_outputs=tuple(record["batched_outputs"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise StorageError(
             f"the reference in {folder} cannot be read: {error}", "The bundle is damaged: compile again."
         ) from error

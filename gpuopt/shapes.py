@@ -8,12 +8,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpuopt.errors import UsageError
 
 Shape = tuple[int, ...]
+
+_SIZE = re.compile(r"[0-9]{1,18}")
 
 DTYPES = (
     "float32",
@@ -96,10 +99,9 @@ def parse_shape(text: str) -> Shape:
     """
     if text == "scalar":
         return ()
-    try:
-        shape = tuple(int(part) for part in text.replace(",", "x").split("x"))
-    except ValueError:
-        shape = (0,)
+    parts = text.replace(",", "x").split("x")
+    # int() alone would take `1_0`, ` 3` and digits of other scripts, and refuse numbers of thousands of digits.
+    shape = tuple(int(part) if _SIZE.fullmatch(part) else 0 for part in parts)
     if any(size < 1 for size in shape):
         raise UsageError(f"'{text}' is not a shape", "Write the sizes with an x between them: 1x3x224x224.")
     return shape
@@ -132,8 +134,10 @@ def parse_input(text: str) -> tuple[str, Shape, str | None]:
 def parse_named_shapes(texts: Iterable[str]) -> dict[str, Shape]:
     """Parse `a:1x3,b:1x8` as trtexec writes several shapes; a flag given twice adds to it.
 
+    A shape without a name stands under the empty name, for the only input.
+
     Raises:
-        UsageError: an entry has no name or no valid shape, or names an input twice.
+        UsageError: an entry has no valid shape, or names an input twice.
     """
     shapes: dict[str, Shape] = {}
     for entry in itertools.chain.from_iterable(text.split(",") for text in texts):

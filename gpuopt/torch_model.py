@@ -75,6 +75,22 @@ class TorchModel:
             names.append(name or ("output" if len(leaves) == 1 else f"output_{index}"))
         return names if len(set(names)) == len(names) else [f"output_{i}" for i in range(len(names))]
 
+    def as_module(self) -> Any:
+        """The model as something that torch's older exporter takes."""
+        if self.kind is not ModelKind.EXPORTED_PROGRAM:
+            return self.module
+        run = self._callable()
+
+        class Unlifted(torch.nn.Module):  # type: ignore[misc]
+            """Holds the program out of the exporter's sight: it refuses train() and eval()."""
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return run(*args, **kwargs)
+
+        for parameter in run.parameters():  # type: ignore[attr-defined]
+            parameter.requires_grad_(False)
+        return Unlifted()
+
     def _callable(self) -> Callable[..., Any]:
         if self.kind is ModelKind.EXPORTED_PROGRAM:
             if not hasattr(self, "_unlifted"):
@@ -149,15 +165,15 @@ def load(settings: ModelSection, kind: ModelKind) -> TorchModel:
 
 def user_files(before: set[str]) -> list[str]:
     """Source files of modules imported since `before` that belong to no installed package."""
-    installed = {Path(p).resolve() for p in sysconfig.get_paths().values()}
-    files = []
+    installed = [Path(p).resolve() for p in (*sysconfig.get_paths().values(), str(Path(__file__).parent))]
+    files = set()
     for name in set(sys.modules) - before:
-        source = getattr(sys.modules[name], "__file__", None)
-        if not source or not source.endswith(".py"):
+        source = Path(str(getattr(sys.modules[name], "__file__", None)))
+        if source.suffix != ".py" or not source.is_absolute() or "site-packages" in source.parts:
             continue
-        path = Path(source).resolve()
-        if not any(path.is_relative_to(folder) for folder in installed) and "site-packages" not in path.parts:
-            files.append(str(path))
+        path = source.resolve()
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in installed):
+            files.add(str(path))
     return sorted(files)
 
 

@@ -51,7 +51,10 @@ class Worker:
             GpuoptError: what the stage raised, or `BuildError` if the process died.
         """
         pipe = self._started()
-        pipe.send((stage, dataclasses.replace(context, progress=Silent())))
+        try:
+            pipe.send((stage, dataclasses.replace(context, progress=Silent())))
+        except ConnectionError as error:
+            raise self._post_mortem(stage, context) from error
         while True:
             try:
                 kind, *content = pipe.recv()
@@ -77,8 +80,9 @@ class Worker:
         self._process = self._pipe = None
 
     def _started(self) -> Connection:
-        if self._pipe is not None:
+        if self._pipe is not None and self._process is not None and self._process.poll() is None:
             return self._pipe
+        self.stop()
         ours, theirs = Pipe()
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
             [sys.executable, "-m", "gpuopt.worker", str(theirs.fileno())],

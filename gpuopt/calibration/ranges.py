@@ -36,7 +36,7 @@ def load(path: Path) -> dict[str, TensorRange]:
             name: TensorRange(float(r["low"]), float(r["high"]), str(r["method"]))
             for name, r in document["tensors"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a ranges file: {error}", "Calibrate again to write it anew.") from error
     for name, r in ranges.items():
         if not (math.isfinite(r.low) and math.isfinite(r.high) and r.low <= r.high):

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from gpuopt.calibration.readers import ImageOptions, SampleReader, open_reader, random_reader
 from gpuopt.errors import DataError
-from gpuopt.recipe import CalibrateSection
+from gpuopt.recipe import CalibrateSection, InputSection
 from gpuopt.reference import load as load_reference
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
 
 
-def open_data(data: str, inputs: Sequence[TensorSpec], settings: CalibrateSection) -> SampleReader:
-    """A reader for the data; `inputs` is empty while the model's inputs are not known."""
+def open_data(data: str, inputs: Sequence[TensorSpec], settings: CalibrateSection, limit: int) -> SampleReader:
+    """A reader of at most `limit` samples, spread over the data; `inputs` is empty while they are not known."""
     image = ImageOptions(**settings.images.model_dump()) if settings.images else None
-    return open_reader(data, inputs, image)
+    return open_reader(data, inputs, image, limit)
+
+
+def data_files(data: str, limit: int) -> list[Path] | None:
+    """The files whose bytes decide the first `limit` samples; None where code makes them."""
+    if not Path(data).expanduser().exists():
+        return None
+    # How images are cut plays no part in which files are read.
+    return open_reader(data, [], ImageOptions(crop=1), limit).files()
+
+
+def stated_inputs(inputs: Mapping[str, InputSection]) -> list[TensorSpec]:
+    """What a recipe says of its inputs' shapes, for reading data before the model is loaded."""
+    specs = []
+    for name, section in inputs.items():
+        shapes = section.range()
+        if shapes:
+            sizes = tuple(f"dim{axis}" if axis in shapes.dynamic_axes else size for axis, size in enumerate(shapes.opt))
+            specs.append(TensorSpec(name or "input", section.dtype or "float32", sizes))
+    return specs
 
 
 def open_for_model(context: StageContext, inputs: Sequence[TensorSpec]) -> SampleReader:
@@ -29,12 +49,9 @@ def open_for_model(context: StageContext, inputs: Sequence[TensorSpec]) -> Sampl
     if settings.random:
         profile = load_reference(context.folder("reference")).profiles[0]
         concrete = [replace(spec, shape=profile[spec.name].opt) for spec in inputs]
-        bounds = {
-            name or inputs[0].name: (section.low or 0.0, section.high if section.high is not None else 1.0)
-            for name, section in context.recipe.inputs.items()
-            if section.low is not None or section.high is not None
-        }
-        return random_reader(concrete, settings.samples, context.recipe.export.seed, bounds)
+        bounds = {name or inputs[0].name: s.bounds() for name, s in context.recipe.inputs.items()}
+        known = {name: pair for name, pair in bounds.items() if pair}
+        return random_reader(concrete, settings.samples, context.recipe.export.seed, known)
     if context.data is None:
         raise DataError("INT8 needs calibration data", "Give --calibration-data.")
-    return open_data(context.data, inputs, settings)
+    return open_data(context.data, inputs, settings, settings.samples)

@@ -47,6 +47,7 @@ class EngineReport(_Part):
     sha256: str
     status: Literal["verified", "built", "failed"]
     library_version: str
+    compute_capabilities: list[str]
     note: str
 
 

@@ -60,6 +60,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     torch.manual_seed(recipe.export.seed)
     loaded = torch_model.load(recipe.model, kind)
     warnings = list(loaded.notes)
+    feeds = interface.with_model_names(feeds, loaded.stated)
     resolved = interface.resolve(recipe, loaded.parameters, loaded.stated, feeds)
     warnings.extend(resolved.warnings)
     corner_feeds = interface.corner_feeds(recipe, resolved, feeds)
@@ -169,7 +170,7 @@ def _export_torchscript(loaded: Any, tensors: dict[str, Any], stored: Reference,
     import torch
 
     args, kwargs = loaded.arguments(tensors)
-    module = loaded.module.module() if loaded.kind is ModelKind.EXPORTED_PROGRAM else loaded.module
+    module = loaded.as_module()
     dynamic = {
         spec.name: {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in (*stored.inputs, *stored.outputs)
@@ -218,6 +219,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
     source = Path(recipe.model.path or "")
     model = onnx_model.load_untrusted(source)
     stated = [_stated_by_graph(spec) for spec in onnx_model.input_specs(model)]
+    feeds = interface.with_model_names(feeds, stated)
     resolved = interface.resolve(recipe, [s.spec.name for s in stated], stated, feeds)
     warnings = list(resolved.warnings)
     before = onnx_model.opset(model)

@@ -160,7 +160,7 @@ def _fold_weights(model: onnx.ModelProto) -> None:
         folded.append(node)
     for node in folded:
         model.graph.node.remove(node)
-    used = {name for node in model.graph.node for name in node.input}
+    used = onnx_model.tensors_used(model.graph)
     for tensor in [t for t in model.graph.initializer if t.name not in used]:
         model.graph.initializer.remove(tensor)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuopt import reference
 from gpuopt.artifact import StageOutcome
+from gpuopt.errors import UsageError
 from gpuopt.stages.context import StageContext
 
 SAMPLES_FILE = "samples.npz"
@@ -18,12 +19,21 @@ COUNT = 8
 
 def run(context: StageContext) -> StageOutcome:
     """Keep up to `COUNT` samples; without data the artifact is empty."""
-    from gpuopt.calibration.reading import open_data
+    from gpuopt.calibration.reading import open_data, stated_inputs
 
     folder = context.made("samples")
     if context.data is None:
         return StageOutcome({"samples": 0})
-    reader = open_data(context.data, [], context.recipe.calibrate)
+    settings = context.recipe.calibrate
+    try:
+        reader = open_data(context.data, [], settings, COUNT)
+    except UsageError:
+        # Only images need to know the model's size. Where the recipe does not say it either, the
+        # calibration stage knows it from the exported graph, and this run goes without samples.
+        stated = stated_inputs(context.recipe.inputs)
+        if len(stated) != 1:
+            return StageOutcome({"samples": 0})
+        reader = open_data(context.data, stated, settings, COUNT)
     feeds = list(itertools.islice(iter(reader), COUNT))
     arrays = {f"{index}:{name}": value for index, feed in enumerate(feeds) for name, value in feed.items()}
     reference.save_arrays(folder / SAMPLES_FILE, arrays)

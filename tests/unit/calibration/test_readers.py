@@ -543,6 +543,42 @@ def test_image_errors(tmp_path):
     assert "is a single image" in refusal(DataError, tmp_path / "a.png", [PICTURE])
 
 
+def half_red(path: Path, exif: bytes) -> None:
+    """16x8, red on the left, black on the right."""
+    picture = Image.new("RGB", (16, 8))
+    picture.paste((255, 0, 0), (0, 0, 8, 8))
+    picture.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize(("orientation", "red"), [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])
+def test_images_are_turned_upright_by_exif(tmp_path, suffix, orientation, red):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    half_red(tmp_path / f"a{suffix}", exif.tobytes())
+    free = TensorSpec("i", "float32", ("N", 3, "H", "W"))
+    (feed,) = open_reader(str(tmp_path), [free], ImageOptions(mean=(0.0,), std=(1.0,), layout="nchw"))
+    pixels = feed["i"][0, 0]
+    assert pixels.shape == ((8, 16) if red in ("left", "right") else (16, 8))
+    height, width = pixels.shape
+    halves = {
+        "left": pixels[:, : width // 2],
+        "right": pixels[:, width // 2 :],
+        "top": pixels[: height // 2],
+        "bottom": pixels[height // 2 :],
+    }
+    assert max(halves, key=lambda half: float(halves[half].mean())) == red
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"Exif\0\0MM\0*\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_unreadable_exif_does_no_harm(tmp_path, suffix, exif):
+    half_red(tmp_path / f"a{suffix}", exif)
+    (feed,) = open_reader(str(tmp_path), [PICTURE])
+    assert feed["images"].shape == (1, 3, 8, 8)
+
+
 def test_image_options_are_checked():
     for options, words in (
         ({"layout": "chw"}, "layout 'chw'"),

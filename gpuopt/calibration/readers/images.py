@@ -1,0 +1,177 @@
+"""Folders of images, prepared as classification networks want them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuopt.calibration.readers.base import Inputs, one_line, only_input
+from gpuopt.calibration.readers.checks import Array
+from gpuopt.calibration.readers.folders import FolderReader
+from gpuopt.errors import DataError, RequirementError, UsageError
+from gpuopt.shapes import TensorSpec, format_shape
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How an image file becomes an input: upright by its EXIF, resize, crop, (pixels * scale - mean) / std, layout.
+
+    Args:
+        resize: length of the shorter side in pixels, bilinear. None: 256/224 of the crop where no
+            crop was given either and the model states its height and width, else no resizing.
+        crop: side of the square cut from the centre. None: the height and width that the model
+            states, else no cropping.
+        mean: one number, or one for each channel in the order of `color`. The default is
+            ImageNet's and follows `color`: reversed for bgr, averaged for gray.
+        std: as `mean`.
+        scale: factor of the 8-bit pixels.
+        layout: `nchw` or `nhwc`.
+        color: `rgb`, `bgr` or `gray`.
+
+    Raises:
+        UsageError: a value is out of range or unknown.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+    scale: float = 1 / 255
+    layout: str = "nchw"
+    color: str = "rgb"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("layout", self.layout, ("nchw", "nhwc")),
+            ("color", self.color, ("rgb", "bgr", "gray")),
+        ):
+            if value not in choices:
+                raise UsageError(f"image {name} '{value}' is unknown", f"Choose {' or '.join(choices)}.")
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and size < 1:
+                raise UsageError(f"image {name} {size} is not a size", "Give a number of pixels.")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) not in (1, self.channels) and tuple(numbers) not in (_MEAN, _STD):
+                raise UsageError(
+                    f"image {name} has {len(numbers)} numbers for {self.channels} channel(s)",
+                    "Give one number, or one for each channel.",
+                )
+        if not all(value > 0 for value in self.std):
+            raise UsageError("image std is not positive", "Give numbers above zero.")
+
+    @property
+    def channels(self) -> int:
+        """1 for gray, else 3."""
+        return 1 if self.color == "gray" else 3
+
+    def statistics(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Mean and std as float32 arrays of 1 or `channels` elements, in the order of `color`."""
+        found = []
+        for values, default in ((tuple(self.mean), _MEAN), (tuple(self.std), _STD)):
+            if values == default and self.color == "bgr":
+                values = values[::-1]
+            elif values == default and self.color == "gray":
+                values = (math.fsum(values) / len(values),)
+            found.append(np.array(values, np.float32))
+        return found[0], found[1]
+
+
+class ImageFolder(FolderReader):
+    """Images of any size, for a model with one input of four axes."""
+
+    def __init__(
+        self, folder: Path, paths: Sequence[Path], inputs: Inputs, options: ImageOptions | None, limit: int | None
+    ) -> None:
+        super().__init__("image", folder, [(path,) for path in paths], inputs, limit)
+        try:
+            from PIL import Image, ImageOps
+        except ImportError as error:
+            raise RequirementError(
+                f"reading the images of {folder} needs Pillow, which is not installed", "pip install pillow"
+            ) from error
+        self._pillow, self._pillow_ops = Image, ImageOps
+        self._name = only_input(
+            inputs, f"a folder of images ({folder})", "Give a .npz keyed by input name, or package.module:callable."
+        )
+        spec = inputs.get(self._name)
+        if spec is not None and len(spec.shape) != 4:
+            raise DataError(
+                f"images of {folder} cannot feed input '{self._name}' of shape {format_shape(spec.shape)}",
+                "Images need an input of four axes; give a .npz for this model.",
+            )
+        self._options = options or _options_for(spec)
+        self._resize, self._crop = _geometry(self._options, spec)
+        if options is None and self._crop is None:
+            raise UsageError(
+                f"the model does not state the height and width to which images of {folder} are cropped",
+                "Give the image options resize and crop, for example resize 256 and crop 224.",
+            )
+
+    def _load(self, row: tuple[Path, ...]) -> Mapping[str, Array]:
+        """One image as float32, 1 x C x H x W or 1 x H x W x C."""
+        (path,) = row
+        options = self._options
+        try:
+            with self._pillow.open(path) as opened:
+                opened.load()
+                # What is no readable EXIF says nothing about the rotation, and viewers ignore it too.
+                with contextlib.suppress(Exception):
+                    self._pillow_ops.exif_transpose(opened, in_place=True)
+                picture = opened.convert("L" if options.color == "gray" else "RGB")
+        except Exception as error:
+            # Decoders fail on damaged bytes with whatever the format's parser happens to raise.
+            raise DataError(
+                f"image {path} cannot be read: {one_line(error)}",
+                "Remove the file or save it again.",
+            ) from error
+        if self._resize is not None:
+            width, height = picture.size
+            size = tuple(self._resize * side // min(width, height) for side in (width, height))
+            picture = picture.resize(size, self._pillow.Resampling.BILINEAR)
+        if self._crop is not None:
+            (width, height), (crop_height, crop_width) = picture.size, self._crop
+            if width < crop_width or height < crop_height:
+                raise DataError(
+                    f"image {path} is {height}x{width}, smaller than the crop {crop_height}x{crop_width}",
+                    "Give the image option resize, the length of the shorter side, at least as long as the crop.",
+                )
+            left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)
+            picture = picture.crop((left, top, left + crop_width, top + crop_height))
+        pixels = np.asarray(picture, np.float32)
+        if options.color == "gray":
+            pixels = pixels[..., np.newaxis]
+        elif options.color == "bgr":
+            pixels = pixels[..., ::-1]
+        mean, std = options.statistics()
+        pixels = (pixels * np.float32(options.scale) - mean) / std
+        return {self._name: (pixels.transpose(2, 0, 1) if options.layout == "nchw" else pixels)[np.newaxis]}
+
+
+def _options_for(spec: TensorSpec | None) -> ImageOptions:
+    """Layout and colour as the input's shape suggests."""
+    if spec is None:
+        return ImageOptions()
+    first, last = spec.shape[1], spec.shape[3]
+    layout = "nhwc" if last in (1, 3) and first not in (1, 3) else "nchw"
+    channels = last if layout == "nhwc" else first
+    return ImageOptions(layout=layout, color="gray" if channels == 1 else "rgb")
+
+
+def _geometry(options: ImageOptions, spec: TensorSpec | None) -> tuple[int | None, tuple[int, int] | None]:
+    """Length of the shorter side, and height and width of the crop; None: left as it is."""
+    if options.crop is not None:
+        return options.resize, (options.crop, options.crop)
+    if spec is not None:
+        height, width = spec.shape[2:] if options.layout == "nchw" else spec.shape[1:3]
+        if isinstance(height, int) and isinstance(width, int):
+            return options.resize or round(max(height, width) * 256 / 224), (height, width)
+    return options.resize, None

@@ -1,0 +1,232 @@
+"""What users get wrong: each its own message and exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Gpuopt
+from tests.integration import small
+
+
+@pytest.fixture
+def project(tmp_path: Path, saved_program: Path) -> Path:
+    """A folder with a model and calibration data beside it."""
+    (tmp_path / "model.pt").write_bytes(saved_program.read_bytes())
+    small.save_data(tmp_path / "calibration.npz")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save("exported program", tmp_path_factory.mktemp("saved") / "model.pt")
+
+
+def leftovers(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} - {"model.pt", "calibration.npz"}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95, 0.999])
+def test_a_truncated_model(share: float, gpuopt: Gpuopt, project: Path) -> None:
+    model = project / "model.pt"
+    data = model.read_bytes()
+    model.write_bytes(data[: int(len(data) * share)])
+    result = gpuopt("compile", model)
+    assert result.code == 3
+    assert "truncated or damaged" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 4
+    assert leftovers(project) == {"model.gpuopt.failed"}
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["error"]["kind"], report["error"]["exit_code"]) == ("failed", "model", 3)
+
+
+def test_a_missing_model(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    result = gpuopt("compile", tmp_path / "model.pt", "-p", "fp16")
+    assert result.code == 10
+    assert "No such file" in result.stderr
+
+
+def test_a_shape_the_model_does_not_take(gpuopt: Gpuopt, project: Path) -> None:
+    result = gpuopt("compile", project / "model.pt", "--input", "image:1x4x16x16")
+    assert result.code == 2
+    assert "not 1x4x16x16" in result.stderr
+    result = gpuopt("compile", project / "model.pt", "--input", "picture:1x3x16x16")
+    assert result.code == 2
+    assert "it has image" in result.stderr
+
+
+def test_calibration_data_of_a_wrong_shape(gpuopt: Gpuopt, project: Path) -> None:
+    np.savez(project / "calibration.npz", image=np.zeros((4, 1, 16, 16), np.float32))
+    result = gpuopt("compile", project / "model.pt")
+    assert result.code == 4
+    assert "image" in result.stderr
+    assert leftovers(project) == {"model.gpuopt.failed"}
+
+
+def test_nan_in_the_calibration_data(gpuopt: Gpuopt, project: Path) -> None:
+    data = np.zeros((40, 3, 16, 16), np.float32)
+    data[37, 0, 0, 0] = np.nan
+    np.savez(project / "calibration.npz", image=data)
+    result = gpuopt("compile", project / "model.pt")
+    assert result.code == 4
+    assert "37" in result.stderr
+    assert "NaN" in result.stderr
+    assert leftovers(project) == {"model.gpuopt.failed"}
+
+
+def test_int8_without_data_shows_the_ways_to_give_it(gpuopt: Gpuopt, project: Path) -> None:
+    (project / "calibration.npz").unlink()
+    result = gpuopt("compile", project / "model.pt")
+    assert result.code == 4
+    for way in ("calibration.npz", "--calibration-data PATH", "package.module:callable"):
+        assert way in result.stderr
+
+
+def test_random_calibration_marks_the_report(gpuopt: Gpuopt, project: Path) -> None:
+    (project / "calibration.npz").unlink()
+    flags = ("--random-calibration", "--calibration-samples", 4, "-t", "onnxruntime", "--json")
+    result = gpuopt("compile", project / "model.pt", *flags)
+    assert result.code == 0, result.stderr
+    assert any("random data" in warning for warning in result.report()["warnings"])
+
+
+def test_an_output_folder_that_cannot_be_made(gpuopt: Gpuopt, project: Path) -> None:
+    (project / "file").write_text("in the way")
+    result = gpuopt("compile", project / "model.pt", "-o", project / "file" / "bundle")
+    assert result.code == 10
+    assert f"{project}/file" in result.stderr
+    assert leftovers(project) == {"file"}
+
+
+def test_an_output_folder_with_other_files_is_left_alone(gpuopt: Gpuopt, project: Path) -> None:
+    (project / "work").mkdir()
+    (project / "work/thesis.tex").write_text("years")
+    result = gpuopt("compile", project / "model.pt", "-o", project / "work")
+    assert result.code == 2
+    assert (project / "work/thesis.tex").read_text() == "years"
+
+
+def test_a_missing_package(gpuopt: Gpuopt, project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # A finder that denies the package stands for an environment without it.
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'tensorrt_rtx' else found(name, *a)\n"
+    )
+    env = {"PYTHONPATH": str(hook)}
+    result = gpuopt("compile", project / "model.pt", "-t", "tensorrt-rtx", env=env)
+    assert result.code == 9
+    assert "pip install tensorrt-rtx-cu13" in result.stderr
+    doctor = gpuopt("doctor", "--json", env=env).report()
+    state = {target["target"]: target["ready"] for target in doctor["targets"]}
+    assert state["tensorrt-rtx"] is False
+
+
+def test_tensorrt_without_a_gpu_says_what_it_needs(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt.environment import gpus
+
+    if gpus():
+        pytest.skip("this machine has a GPU: the refusal cannot be seen here")
+    result = gpuopt("compile", project / "model.pt", "-t", "tensorrt")
+    assert result.code == 9
+    assert "tensorrt cannot be built here" in result.stderr
+
+
+def test_an_unknown_compute_capability(gpuopt: Gpuopt, project: Path) -> None:
+    result = gpuopt("compile", project / "model.pt", "-t", "tensorrt-rtx", "--compute-capability", "6.1")
+    assert result.code == 2
+    assert "8.9" in result.stderr
+    chosen = gpuopt("compile", project / "model.pt", "--compute-capability", "8.9", "-t", "tensorrt-rtx", "--json")
+    assert chosen.code == 0, chosen.stderr
+    build = next(stage for stage in chosen.report()["stages"] if stage["name"] == "build")
+    assert build["facts"]["compute_capabilities"] == ["8.9"]
+
+
+def test_qoperator_is_for_onnx_runtime_only(gpuopt: Gpuopt, project: Path) -> None:
+    refused = gpuopt("compile", project / "model.pt", "--quant-format", "qoperator", "-t", "tensorrt-rtx")
+    assert refused.code == 2
+    assert "QLinearConv" in refused.stderr
+    result = gpuopt("compile", project / "model.pt", "--quant-format", "qoperator", "-t", "onnxruntime")
+    assert result.code == 0, result.stderr
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(str(project / "model.gpuopt/model.onnx")).graph.node}
+    assert "QLinearConv" in operators
+
+
+def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
+    model, bundle = project / "model.pt", project / "model.gpuopt"
+    assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
+    before = (bundle / "manifest.json").read_bytes()
+    result = gpuopt("compile", model, "-t", "onnxruntime", "--min-cosine", "1.0", "--json")
+    assert result.code == 8
+    report = result.report()
+    assert report["error"]["kind"] == "accuracy"
+    assert report["verification"]["failures"]
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert (project / "model.gpuopt.failed/model.onnx").exists()
+    assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
+    assert not (project / "model.gpuopt.failed").exists()
+
+
+def test_a_changed_bundle_is_not_verified(gpuopt: Gpuopt, project: Path) -> None:
+    assert gpuopt("compile", project / "model.pt", "-t", "onnxruntime").code == 0
+    bundle = project / "model.gpuopt"
+    assert gpuopt("verify", bundle).code == 0
+    with (bundle / "model.onnx").open("r+b") as stream:
+        stream.seek(100)
+        byte = stream.read(1)
+        stream.seek(100)
+        stream.write(bytes([byte[0] ^ 1]))
+    result = gpuopt("verify", bundle)
+    assert result.code == 10
+    assert "model.onnx changed" in result.stderr
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_leaves_nothing_half_written(
+    signal_number: signal.Signals, gpuopt: Gpuopt, project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("own-cache")
+    env = {**os.environ, "GPUOPT_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "gpuopt", "compile", str(project / "model.pt"), "-t", "onnxruntime"]
+    # A shell's background job ignores Ctrl-C, and so do its children, unless told otherwise.
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("samples")
+    time.sleep(0.5)
+    process.send_signal(signal_number)
+    _, stderr = process.communicate(timeout=30)
+    if signal_number is signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+    assert not (project / "model.gpuopt").exists()
+    again = gpuopt("compile", project / "model.pt", "-t", "onnxruntime", env={"GPUOPT_CACHE_DIR": str(cache)})
+    assert again.code == 0, again.stderr
+    assert leftovers(project) == {"model.gpuopt"}
+    assert list((cache / "scratch").iterdir()) == []
+
+
+def test_no_error_shows_a_traceback_unless_asked(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_text("not a model")
+    plain = gpuopt("compile", tmp_path / "model.pt", "-p", "fp16")
+    assert plain.code == 3
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in gpuopt("--debug", "compile", tmp_path / "model.pt", "-p", "fp16").stderr

@@ -1,0 +1,179 @@
+"""The report's renderings against golden files: `pytest --update-golden` writes them anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpuopt.report import markdown, terminal
+from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
+
+GOLDEN = Path(__file__).parent.parent.parent / "golden"
+
+
+def _row(graph: str, corner: str, batch: int, cosine: float) -> dict[str, object]:
+    return {
+        "graph": graph,
+        "corner": corner,
+        "output": "logits",
+        "shape": [batch, 10],
+        "shape_equal": True,
+        "finite": True,
+        "cosine": cosine,
+        "sqnr_db": 31.25,
+        "agreement": None,
+        "max_abs_error": 0.0123,
+    }
+
+
+def passing() -> Report:
+    invariance = {"checked": True, "batch": 8, "worst_relative_error": 1.5e-7, "failures": []}
+    verification = {
+        "runtime": "onnxruntime",
+        "reference": "PyTorch",
+        "passed": True,
+        "failures": [],
+        "limits": {"min_cosine": 0.95, "min_agreement": 0.9, "min_sqnr_db": None, "batch_tolerance": 0.05},
+        "outputs": [
+            _row(graph, corner, batch, cosine)
+            for graph in ("model.onnx", "engine.onnx")
+            for corner, batch, cosine in (("profile0-min", 1, 0.9991), ("profile0-max", 8, 0.99875))
+        ],
+        "batch_invariance": {
+            "model.onnx": invariance,
+            "engine.onnx": {"checked": False, "reason": "the batch is fixed"},
+        },
+        "warnings": [],
+    }
+    facts = {
+        "export": {
+            "model_kind": "exported program",
+            "exporter": "torchscript",
+            "attempts": [
+                {"exporter": "dynamo", "reason": "output 'logits' | has the shape (2, 10)"},
+                {"exporter": "torchscript", "reason": ""},
+            ],
+            "opset": 20,
+            "ir_version": 10,
+        },
+        "calibrate": {"method": "entropy", "samples": 256, "data": "npz calibration.npz, 256 samples", "tensors": 9},
+        "quantize": {
+            "format": "qdq",
+            "quantized_nodes": 7,
+            "candidate_nodes": 9,
+            "kept_in_floating_point": [
+                {"node": "stem", "op_type": "Conv", "reason": "1 channels on a side, fewer than 16"},
+                {"node": "head", "op_type": "Gemm", "reason": "10 channels on a side, fewer than 16"},
+            ],
+            "qdq_pairs": 12,
+            "scales_rounded_to_fp16": 12,
+        },
+        "cast": {"kept_in_fp32": ["sum"], "cast_nodes": 4, "fp16_weights": 26, "fp32_weights": 1},
+        "verify": verification,
+    }
+    return Report(
+        command=["gpuopt", "compile", "model.pt", "--precision", "int8"],
+        gpuopt_version="0.1.0",
+        created="2026-01-02T03:04:05+00:00",
+        status="passed",
+        error=None,
+        model=ModelReport(path="models/model.pt", factory=None, kind="exported program", sha256="ab" * 32),
+        precision="int8",
+        bundle="models/model.gpuopt",
+        stages=[
+            StageReport(name=name, target=None, cached=index == 0, reason="first run", seconds=1.25, facts=said)
+            for index, (name, said) in enumerate(facts.items())
+        ],
+        engines=[
+            EngineReport(
+                target="tensorrt-rtx",
+                file="model.tensorrt-rtx.engine",
+                size_bytes=12_345_678,
+                sha256="cd" * 32,
+                status="built",
+                library_version="1.7.1",
+                compute_capabilities=["8.9"],
+                note="needs an RTX GPU to run",
+            ),
+            EngineReport(
+                target="onnxruntime",
+                file="model.onnx",
+                size_bytes=900,
+                sha256="ef" * 32,
+                status="verified",
+                library_version="1.31.1",
+                compute_capabilities=[],
+                note="",
+            ),
+        ],
+        verification=verification,
+        warnings=["only 8 calibration samples"],
+        environment={
+            "python": "3.11.7",
+            "platform": "Linux x86_64",
+            "packages": {"onnx": "1.23.2"},
+            "gpus": [{"name": "Some GPU", "compute_capability": "8.9"}],
+        },
+        seconds=9.5,
+    )
+
+
+def failing() -> Report:
+    error = Failure(
+        kind="data",
+        exit_code=4,
+        message="calibration.npz: input 'image' of sample 37 holds NaN",
+        hint="Repair or leave out the sample.",
+        stage="calibrate",
+    )
+    whole = passing()
+    return whole.model_copy(
+        update={
+            "status": "failed",
+            "error": error,
+            "engines": [],
+            "verification": None,
+            "stages": whole.stages[:1],
+            "warnings": [],
+            "model": ModelReport(path=None, factory="package.module:factory", kind="factory", sha256=None),
+        }
+    )
+
+
+REPORTS = {"passing": passing, "failing": failing}
+FORMS = {"md": markdown.render, "txt": lambda report: terminal.render(report) + "\n"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_rendering_is_the_golden_one(name: str, form: str, request: pytest.FixtureRequest) -> None:
+    shown = FORMS[form](REPORTS[name]())
+    golden = GOLDEN / f"report-{name}.{form}"
+    if request.config.getoption("--update-golden"):
+        golden.write_text(shown)
+    assert shown == golden.read_text()
+
+
+def test_a_report_survives_json() -> None:
+    assert Report.model_validate_json(passing().model_dump_json()) == passing()
+
+
+def test_long_tables_are_counted_not_shown() -> None:
+    shown = markdown.table(("n",), [(n,) for n in range(50)])
+    assert "20 more rows" in shown
+    assert "| 29 |" in shown
+    assert "| 30 |" not in shown
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB")])
+def test_sizes_have_binary_units(size: int, shown: str) -> None:
+    assert markdown.format_bytes(size) == shown
+
+
+def test_an_error_takes_three_lines_at_most() -> None:
+    assert terminal.render_error("data", "what", "one\ntwo\nthree").splitlines() == [
+        "gpuopt: data error: what",
+        "one",
+        "two",
+    ]
