@@ -147,6 +147,11 @@ def hazards(path: Path, kind: ModelKind) -> list[str]:
 def _detect_zip(path: Path) -> ModelKind:
     try:
         with zipfile.ZipFile(path) as archive:
+            if min((member.header_offset for member in archive.infolist()), default=0):
+                # What is left of a cut archive may end with a whole archive that lay inside it.
+                raise ValueError("its table of contents is missing")
+            if min((info.header_offset for info in archive.infolist()), default=0):
+                raise zipfile.BadZipFile("it ends with an archive that lay inside it")
             names = [name.partition("/")[2] or name for name in archive.namelist()]
             if "archive_format" in names or "serialized_exported_program.json" in names:
                 return ModelKind.EXPORTED_PROGRAM

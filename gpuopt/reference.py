@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuopt.errors import StorageError, UsageError
+from gpuopt.errors import DataError, StorageError, UsageError
 from gpuopt.shapes import Corner, Profile, Shape, ShapeRange, TensorSpec, corners, format_shape, parse_shape
 from gpuopt.storage import write_json
 
@@ -76,6 +76,9 @@ def make_feed(
         samples: calibration samples, each with its batch axis; may be empty.
         ranges: value range of generated inputs: floats uniform in [low, high], integers in [low, high).
         seed: of the generated values (floats without a range: standard normal; integers: 0 or 1).
+
+    Raises:
+        DataError: a sample has another number of dimensions than its input, or no values.
     """
     generator = np.random.default_rng(seed)
     feed = {}
@@ -83,10 +86,22 @@ def make_feed(
         shape = corner.shapes[spec.name]
         found = [sample[spec.name] for sample in samples if spec.name in sample]
         if found:
+            _check_ranks(spec.name, found, shape)
             feed[spec.name] = _fit(found, shape).astype(spec.dtype)
         else:
             feed[spec.name] = _generate(generator, shape, np.dtype(spec.dtype), ranges.get(spec.name))
     return feed
+
+
+def _check_ranks(name: str, samples: Sequence[Array], shape: Shape) -> None:
+    for sample in samples:
+        spare = sample.ndim == len(shape) + 1 and sample.shape[0] == 1
+        if not sample.size or (sample.ndim != len(shape) and not spare):
+            raise DataError(
+                f"a calibration sample of '{name}' has the shape {format_shape(sample.shape)}, "
+                f"the input {format_shape(shape)}",
+                "Give samples with as many dimensions as the input, and at least one value.",
+            )
 
 
 def _fit(samples: Sequence[Array], shape: Shape) -> Array:

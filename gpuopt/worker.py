@@ -150,26 +150,30 @@ def _answer(stage: str, context: StageContext) -> tuple[Any, ...]:
     try:
         outcome = importlib.import_module(f"gpuopt.stages.{stage}").run(context)
         return "done", outcome, time.monotonic() - started
-    except GpuoptError as error:
-        failure = error
-    except ModuleNotFoundError as error:
+    except Exception as error:
+        failure = _failure(stage, error)
+        return "error", type(failure).__name__, failure.message, failure.hint, traceback.format_exc()
+
+
+def _failure(stage: str, error: Exception) -> GpuoptError:
+    if isinstance(error, GpuoptError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
-        failure = RequirementError(
+        return RequirementError(
             f"{stage} needs the Python package '{module}', which is not installed",
             f"Install it: {environment.install_hint(module)}.",
         )
-    except MemoryError:
-        failure = RequirementError(f"{stage} ran out of memory", "Use smaller shapes or a larger machine.")
-    except OSError as error:
-        failure = errors.StorageError(
+    if isinstance(error, MemoryError):
+        return RequirementError(f"{stage} ran out of memory", "Use smaller shapes or a larger machine.")
+    if isinstance(error, OSError):
+        return errors.StorageError(
             f"{stage} cannot read or write a file: {error}", "Check free space and permissions of the cache folder."
         )
-    except Exception as error:
-        failure = GpuoptError(
-            f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
-        )
-    return "error", type(failure).__name__, failure.message, failure.hint, traceback.format_exc()
+    return GpuoptError(
+        f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
+    )
 
 
 def _main() -> None:

@@ -136,8 +136,8 @@ def _scales_representable_in_fp16(model: onnx.ModelProto) -> int:
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
             continue
         scale = numpy_helper.to_array(tensor)
-        half = np.maximum(scale.astype(np.float16), _SMALLEST_FP16)
-        half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
+        half = np.asarray(np.maximum(scale.astype(np.float16), _SMALLEST_FP16))
+        np.nextafter(half, np.float16(np.inf), out=half, where=half.astype(np.float32) < scale)
         tensor.CopyFrom(numpy_helper.from_array(half.astype(np.float32), name))
         changed += int(not np.array_equal(half.astype(np.float32), scale))
     return changed

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -140,6 +141,17 @@ def test_a_truncated_file_is_a_model_error(folder: Path, name: str, data: st.Dat
     assert length > len(content) // 3
     with pytest.raises((RuntimeError, EOFError, ValueError, pickle.UnpicklingError)):
         torch.load(path, weights_only=kind is ModelKind.STATE_DICT)
+
+
+@pytest.mark.parametrize("name", ["program.textproto", "static.pt2"])
+def test_a_program_cut_behind_an_archive_inside_it_is_a_model_error(folder: Path, name: str) -> None:
+    """The sample inputs are a zip of their own, and Python finds the last directory in a file."""
+    content = (folder / name).read_bytes()
+    ends = [match.end() + 18 for match in re.finditer(rb"PK\x05\x06", content)]
+    assert len(ends) == 2
+    (folder / "inner").write_bytes(content[: ends[0]])
+    with pytest.raises(ModelError, match="truncated or damaged"):
+        detect(folder / "inner")
 
 
 @pytest.mark.parametrize("name", ["graph.json", "weights.bin"])

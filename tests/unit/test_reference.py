@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuopt import reference
-from gpuopt.errors import StorageError
+from gpuopt.errors import DataError, StorageError
 from gpuopt.reference import Interface, make_feed
 from gpuopt.shapes import Corner, ShapeRange, TensorSpec, corners
 
@@ -57,6 +57,15 @@ def test_a_leading_one_to_spare_is_dropped_and_scalars_work() -> None:
     assert feed["v"].tolist() == [1, 2, 3]
     assert feed["s"].shape == ()
     assert feed["s"] == 7
+
+
+@pytest.mark.parametrize(
+    ("shape", "sample"),
+    [((2, 3, 4), (2, 3)), ((2,), (2, 3)), ((), (2,)), ((2, 3), ()), ((2, 3), (0, 3)), ((2, 3), (2, 0))],
+)
+def test_samples_that_cannot_fit_are_a_data_error(shape: tuple[int, ...], sample: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="a calibration sample of 'x' has the shape"):
+        make_feed(at(x=shape), [TensorSpec("x", "float32", shape)], [{"x": np.zeros(sample, np.float32)}], {}, 0)
 
 
 @settings(deadline=None)
