@@ -37,21 +37,34 @@ def check_destination(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder} exists and is not a folder", "Choose another --output.")
     with storage_errors("write", folder):
-        if folder.is_dir() and any(folder.iterdir()) and not _is_bundle(folder):
-            raise UsageError(
-                f"{folder} holds files and is not a gpuopt bundle", "Choose an empty or new folder with --output."
-            )
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise UsageError(f"{folder} is the current folder or above it", "Name a folder of its own with --output.")
+        foreign = _foreign_files(folder)
+    if foreign:
+        raise UsageError(
+            f"{folder} holds files that gpuopt did not write: {', '.join(foreign[:3])}",
+            "Choose an empty or new folder with --output, or move them away.",
+        )
     with scratch_folder(folder.parent, folder.name):
         pass
 
 
-def _is_bundle(folder: Path) -> bool:
-    """Whether the manifest is one of ours: others write a `manifest.json`, too, and the folder will be replaced."""
+def remove(folder: Path) -> None:
+    """Delete a folder that holds nothing but what gpuopt wrote; leave any other alone."""
+    if folder.is_dir() and not _foreign_files(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files that no manifest of ours lists: they would be lost if the folder were replaced."""
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        return isinstance(manifest, dict) and {"manifest_version", "files"} <= manifest.keys()
-    except (OSError, ValueError, RecursionError):
-        return False
+        if "manifest_version" in manifest:
+            present -= {MANIFEST_FILE, *manifest["files"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return sorted(present)
 
 
 def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, str], about: Mapping[str, Any]) -> None:

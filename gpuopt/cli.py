@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpuopt import __version__
-from gpuopt.errors import INTERRUPTED_EXIT_CODE, GpuoptError
+from gpuopt.errors import INTERRUPTED_EXIT_CODE, GpuoptError, UsageError, defect, one_line
 
 if TYPE_CHECKING:
     from gpuopt.compile import Outcome
@@ -51,6 +51,7 @@ class FormatChoice(str, Enum):
 
 
 _debug = False
+_answered = False
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; errors only.")]
@@ -238,11 +239,13 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:
+        global _answered
+        _answered = True
         typer.echo(outcome.report.model_dump_json(indent=2))
     elif outcome.error is None and not quiet:
         typer.echo(terminal.render(outcome.report))
     if outcome.error is not None:
-        if not quiet and outcome.report.stages:
+        if not quiet and outcome.report.facts("export"):
             typer.echo(f"report: {outcome.report.bundle}/report.md", err=True)
         raise outcome.error
 
@@ -262,9 +265,10 @@ def _run() -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=True)
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
     except GpuoptError as error:
-        return _report_error(error, error.exit_code)
+        return _report_error(error)
     except KeyboardInterrupt:
         typer.echo("gpuopt: interrupted; nothing half-written is left", err=True)
         return INTERRUPTED_EXIT_CODE
@@ -274,25 +278,39 @@ def _run() -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        problem = GpuoptError(
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
-        )
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(error))
+            return UsageError.exit_code
+        if hasattr(error, "format_message"):
+            return _report_error(_usage_error(error))
+        problem = defect(error)
         problem.__cause__ = error
-        return _report_error(problem, problem.exit_code)
-    return 0
+        return _report_error(problem)
+
+
+def _usage_error(error: Any) -> UsageError:
+    """The parser's complaint in our own form."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "gpuopt")
+    return UsageError(
+        one_line(error.format_message().replace("Value error, ", "")), f"'{command} --help' lists the options."
+    )
 
 
 def _interrupt(signal_number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _report_error(error: GpuoptError, code: int) -> int:
+def _report_error(error: GpuoptError) -> int:
     from gpuopt.report.terminal import render_error
 
+    if "--json" in sys.argv and not _answered:
+        import json
+
+        failure = {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps({"schema_version": 1, "status": "failed", "error": {**failure, "stage": None}}, indent=2))
     typer.echo(render_error(error.kind, error.message, error.hint), err=True)
     if _debug:
         import traceback
 
         typer.echo(error.details or "".join(traceback.format_exception(error)), err=True)
-    return code
+    return error.exit_code

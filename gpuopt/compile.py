@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, StorageError
-from gpuopt.pipeline import Runner, Sources, check_request, model_sha256
+from gpuopt.pipeline import Runner, check_request, model_sha256
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, resolve
 from gpuopt.report.markdown import render as render_markdown
@@ -51,16 +50,16 @@ def failed_folder(destination: Path) -> Path:
     return destination.with_name(destination.name + ".failed")
 
 
-def with_defaults(recipe: Recipe) -> tuple[Recipe, Sources]:
+def with_defaults(recipe: Recipe) -> Recipe:
     """The recipe with targets, folders and calibration data decided, all paths absolute."""
     from gpuopt.calibration.readers import find_beside
 
-    data = recipe.calibrate.data
+    data = None if recipe.calibrate.random else recipe.calibrate.data
     if data is None and recipe.model.path and not recipe.calibrate.random:
         beside = find_beside(Path(recipe.model.path))
         data = str(beside) if beside else None
-    if data is not None and Path(data).exists():
-        data = str(Path(data).resolve())
+    if data is not None and Path(data).expanduser().exists():
+        data = str(Path(data).expanduser().resolve())
     targets = recipe.build.target
     if not targets:
         only_here = recipe.quantize.format == "qoperator"
@@ -73,7 +72,7 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, Sources]:
     tree["output"] = {"directory": str(bundle_folder(recipe).absolute())}
     if recipe.model.path:
         tree["model"] = {**recipe.model.model_dump(mode="json"), "path": str(Path(recipe.model.path).absolute())}
-    return resolve(tree), Sources(data)
+    return resolve(tree)
 
 
 def compile_model(
@@ -87,14 +86,14 @@ def compile_model(
         explain: whether the progress lines say why each stage ran.
     """
     started = time.monotonic()
-    recipe, sources = with_defaults(recipe)
+    recipe = with_defaults(recipe)
     destination = bundle_folder(recipe)
     runner: Runner | None = None
     error: GpuoptError | None = None
     try:
         bundle.check_destination(destination)
-        check_request(recipe, sources)
-        runner = Runner(recipe, sources, cache, progress, str(destination), explain)
+        check_request(recipe)
+        runner = Runner(recipe, cache, progress, str(destination), explain)
         runner.run()
         error = _verdict(runner)
     except GpuoptError as failure:
@@ -103,7 +102,7 @@ def compile_model(
     try:
         _write(destination if error is None else failed_folder(destination), recipe, runner, report)
         if error is None:
-            shutil.rmtree(failed_folder(destination), ignore_errors=True)
+            bundle.remove(failed_folder(destination))
     except GpuoptError as failure:
         if error is None:
             error = failure
@@ -281,7 +280,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
             files.update({path.name: path for path in graph.path.iterdir()})
             files["reference"] = stored.path
         if engine_graph and any(result.step.stage.name == "build" for result in runner.results):
-            files[ENGINE_ONNX_FILE] = engine_graph.path / ONNX_FILE
+            files.update({ENGINE_ONNX_FILE if p.name == ONNX_FILE else p.name: p for p in engine_graph.path.iterdir()})
         if ranges:
             files["calibration.ranges.json"] = ranges.path / "ranges.json"
         for result in runner.results:
@@ -306,8 +305,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         ],
         "environment": report.environment,
     }
-    if destination.exists() and not (destination / bundle.MANIFEST_FILE).exists() and any(destination.iterdir()):
-        raise StorageError(f"{destination} holds files of another origin", "Move them away.")
+    bundle.check_destination(destination)
     bundle.write(destination, files, documents, about)
 
 

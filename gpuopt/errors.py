@@ -6,7 +6,24 @@ test keeps the two equal.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_MOST_CHARACTERS = 300
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's text on one line of at most 300 characters, without terminal codes."""
+    text = " ".join(_TERMINAL_CODES.sub("", str(error)).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
+
+
+def described(error: BaseException) -> str:
+    """An error's type and text on one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 class GpuoptError(Exception):
@@ -105,3 +122,11 @@ KINDS: tuple[type[GpuoptError], ...] = (
     RequirementError,
     StorageError,
 )
+
+
+def defect(error: Exception, where: str = "") -> GpuoptError:
+    """An error that nobody foresaw, in words for the user."""
+    return GpuoptError(
+        f"{where}{described(error)}",
+        "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
+    )

@@ -143,13 +143,17 @@ def corner_feeds(
     recipe: Recipe, resolved: ResolvedInputs, samples: Sequence[reference.Feed]
 ) -> dict[str, dict[str, reference.Array]]:
     """Reference inputs for every corner of the profiles, by corner name."""
-    only = resolved.inputs[0].name
-    bounds = {name or only: section.bounds() for name, section in recipe.inputs.items()}
-    known = {name: pair for name, pair in bounds.items() if pair}
+    known = value_bounds(recipe.inputs, resolved.inputs[0].name)
     return {
         corner.name: reference.make_feed(corner, resolved.inputs, samples, known, recipe.export.seed + index)
         for index, corner in enumerate(corners(resolved.profiles))
     }
+
+
+def value_bounds(inputs: Mapping[str, InputSection], only: str) -> dict[str, tuple[float, float]]:
+    """Value ranges of generated inputs by name; a section without a name is that of the input `only`."""
+    bounds = {name or only: section.bounds() for name, section in inputs.items()}
+    return {name: pair for name, pair in bounds.items() if pair}
 
 
 def dynamic_axes(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
@@ -185,8 +189,13 @@ def _check_names(
                 f"Did you mean '{near[0]}'?" if near else "Use one of these names.",
             )
     unknown = [name for name in names if parameters and name not in parameters]
-    if unknown and len(names) > len(parameters):
-        raise UsageError(f"forward takes {takes}, not {', '.join(names)}", "Name the parameters of forward.")
+    # The only input may have a name of the user's own; with several, position would be a guess.
+    if unknown and (len(names) > 1 or not parameters):
+        near = difflib.get_close_matches(unknown[0], parameters, 1)
+        raise UsageError(
+            f"forward has no parameter '{unknown[0]}'; it takes {takes}",
+            f"Did you mean '{near[0]}'?" if near else "Name the inputs, and the keys of the data, as forward does.",
+        )
 
 
 def _dtype(section: InputSection, model: StatedInput | None, sample: reference.Array | None) -> str:

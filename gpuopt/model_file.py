@@ -424,3 +424,14 @@ def _is_safe_in_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return _PLAIN_TEXT.fullmatch(node.value) is not None
     return isinstance(node, _GUARD_NODES)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The model file and, for ONNX, the external data that it names, as far as it is there."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    if head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)) or head[8:9] == b"{":
+        return [path]
+    from gpuopt.onnx_model import external_files
+
+    return [path, *external_files(path)]

@@ -12,9 +12,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
-from gpuopt.artifact import ONNX_FILE
+from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.errors import ModelError
-from gpuopt.shapes import Shape, TensorSpec
+from gpuopt.shapes import DTYPES, Shape, TensorSpec
 
 IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
@@ -58,6 +58,16 @@ def load_untrusted(path: Path) -> onnx.ModelProto:
     return model
 
 
+def external_files(path: Path) -> list[Path]:
+    """Files beside an ONNX file that hold its external data, sorted; none if it cannot be read."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError):
+        return []
+    names = {e.value for t in _external_tensors(model) for e in t.external_data if e.key == "location"}
+    return sorted(p for p in (path.parent / name for name in names) if p.is_file())
+
+
 def _external_tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
     graphs = [model.graph]
     while graphs:
@@ -73,12 +83,20 @@ def _external_tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
 
 
 def save(model: onnx.ModelProto, folder: Path) -> Path:
-    """Write an ONNX artifact; weights of models near protobuf's 2 GiB limit go beside the graph."""
+    """Write an ONNX artifact; weights of models near protobuf's 2 GiB limit go beside the graph.
+
+    Their file has the name that it keeps in a bundle, where several graphs lie side by side.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ONNX_FILE
     model.ir_version = min(model.ir_version, IR_VERSION)
-    large = model.ByteSize() > _MAX_PROTOBUF_BYTES
-    onnx.save(model, str(path), save_as_external_data=large, location=f"{ONNX_FILE}.data" if large else None)
+    if model.ByteSize() <= _MAX_PROTOBUF_BYTES:
+        onnx.save(model, str(path))
+        return path
+    graph = ENGINE_ONNX_FILE if folder.name == "engine_onnx" else ONNX_FILE
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{graph}.data")
+    # Saving moved the weights out of the model in memory.
+    onnx.load_external_data_for_model(model, str(folder))
     return path
 
 
@@ -109,11 +127,21 @@ def output_specs(model: onnx.ModelProto) -> list[TensorSpec]:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        raise ModelError(
+            f"'{value.name}' has no shape in the graph", "Export the model with the shapes of its inputs and outputs."
+        )
     shape = tuple(
-        int(dim.dim_value) if dim.HasField("dim_value") else (dim.dim_param or f"dim{axis}")
+        int(dim.dim_value) if dim.dim_value > 0 else (dim.dim_param or f"dim{axis}")
         for axis, dim in enumerate(tensor.shape.dim)
     )
-    return TensorSpec(value.name, str(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))), shape)
+    dtype = str(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    if dtype not in DTYPES:
+        name = TensorProto.DataType.Name(tensor.elem_type)
+        raise ModelError(
+            f"'{value.name}' is of the type {name}", f"gpuopt takes {', '.join(DTYPES)} as inputs and outputs."
+        )
+    return TensorSpec(value.name, dtype, shape)
 
 
 def name_dimensions(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
 from gpuopt.errors import DataError, GpuoptError, StorageError
 from gpuopt.progress import Progress
-from gpuopt.recipe import Recipe
+from gpuopt.recipe import ModelSection, Recipe
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, sha256_json, storage_errors
 from gpuopt.worker import Worker
@@ -50,9 +51,14 @@ def _is_int8(recipe: Recipe) -> bool:
     return recipe.precision == "int8"
 
 
+def builds_engine(recipe: Recipe) -> bool:
+    """Whether a target other than ONNX Runtime is asked for."""
+    return any(target != "onnxruntime" for target in recipe.build.target)
+
+
 def _has_fp16(recipe: Recipe) -> bool:
-    builds_engine = any(target != "onnxruntime" for target in recipe.build.target)
-    return recipe.precision == "fp16" or (_is_int8(recipe) and recipe.cast.remainder == "fp16" and builds_engine)
+    remainder = _is_int8(recipe) and recipe.cast.remainder == "fp16" and builds_engine(recipe)
+    return recipe.precision == "fp16" or remainder
 
 
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
@@ -67,7 +73,8 @@ STAGES = (
     ),
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
     Stage(
-        "calibrate", ("onnx", "reference"), ("ranges",), ("calibrate", "inputs", "export.seed"), _ORT,
+        "calibrate", ("onnx", "reference"), ("ranges",),
+        ("calibrate", "inputs", "export.seed", "quantize.format"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
     Stage(
@@ -99,13 +106,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What the user brings: the recipe names the model; `data` is a path or a callable, or None."""
-
-    data: str | None
-
-
-@dataclass(frozen=True)
 class StepResult:
     """A finished step."""
 
@@ -131,11 +131,8 @@ def plan(recipe: Recipe) -> list[Step]:
 class Runner:
     """Runs the steps of one recipe; `results` holds what has finished, also after a failure."""
 
-    def __init__(
-        self, recipe: Recipe, sources: Sources, cache: Cache, progress: Progress, run_name: str, explain: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, cache: Cache, progress: Progress, run_name: str, explain: bool = False) -> None:
         self.recipe = recipe
-        self.sources = sources
         self.cache = cache
         self.progress = progress
         self.results: list[StepResult] = []
@@ -160,18 +157,17 @@ class Runner:
                     with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):
                         result = self._run_step(step, worker)
                     self.results.append(result)
-                    for kind, artifact in result.entry.artifacts.items():
-                        key = f"{kind}:{step.target}" if step.target else kind
-                        self._artifacts[key] = artifact
+                    if not step.target:
+                        self._artifacts.update(result.entry.artifacts)
                     self._tell(result)
             self.at_work = None
         finally:
             if self._key_parts:
                 self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
 
-    def artifact(self, kind: str, target: str = "") -> Artifact | None:
+    def artifact(self, kind: str) -> Artifact | None:
         """The newest artifact of a kind."""
-        return self._artifacts.get(f"{kind}:{target}" if target else kind)
+        return self._artifacts.get(kind)
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
@@ -190,8 +186,8 @@ class Runner:
                 for leftover in staged.iterdir():
                     if leftover.name not in step.stage.makes:
                         _remove(leftover)
-            if "model" in step.stage.sources and self.recipe.model.factory:
-                self.cache.remember("sources", self.recipe.model.factory, list(outcome.dependencies))
+            if "model" in step.stage.sources and _runs_user_code(self.recipe.model):
+                self.cache.remember("sources", _code_name(self.recipe.model), list(outcome.dependencies))
             parts = self._parts(step) or {"stage": step.label, "content": folder_sha256(staged)}
             record = {"facts": dict(outcome.facts), "warnings": list(outcome.warnings), "seconds": round(seconds, 3)}
             entry = self.cache.store(parts, staged, record)
@@ -204,7 +200,7 @@ class Runner:
             artifacts=self._inputs(step.stage),
             output=staged,
             progress=self.progress,
-            data=self.sources.data if "data" in step.stage.sources else None,
+            data=self.recipe.calibrate.data if "data" in step.stage.sources else None,
             target=step.target,
         )
 
@@ -212,6 +208,8 @@ class Runner:
         found = {}
         for need in stage.needs:
             kind = need.removesuffix("?")
+            if kind == "engine_onnx" and not builds_engine(self.recipe):
+                continue
             if kind in self._artifacts:
                 found[kind] = self._artifacts[kind]
             elif kind == need:
@@ -263,44 +261,54 @@ class Runner:
         found: dict[str, Any] = {}
         if model.path:
             found["file"] = model_sha256(Path(model.path))
-        if model.factory:
-            files = self.cache.recall("sources", model.factory)
+        if _runs_user_code(model):
+            files = self.cache.recall("sources", _code_name(model))
             if not isinstance(files, list):
                 return None
             try:
                 found["code"] = {name: sha256_file(Path(name)) for name in files}
             except OSError:
                 return None
-            package = model.factory.partition(":")[0].partition(".")[0]
-            found["package"] = environment.version_of(package)
+            package = (model.factory or "").partition(":")[0].partition(".")[0]
+            found["package"] = environment.version_of(package) if package else None
         return sha256_json(found)
 
     def _data_fingerprint(self, stage: str) -> str | None:
         from gpuopt.calibration.reading import data_files
         from gpuopt.stages.samples import COUNT
 
-        data, settings = self.sources.data, self.recipe.calibrate
-        if data is None or settings.random:
+        data, settings = self.recipe.calibrate.data, self.recipe.calibrate
+        if data is None:
             return "none"
         files = data_files(data, COUNT if stage == "samples" else settings.samples)
         if files is None:
             return None
         with storage_errors("read", Path(data)):
-            return sha256_json([[file.name, sha256_file(file)] for file in files])
+            return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
+
+
+def _runs_user_code(model: ModelSection) -> bool:
+    return bool(model.factory) or model.trust_pickle
+
+
+def _code_name(model: ModelSection) -> str:
+    """The same words mean other code in another folder or on another path."""
+    return json.dumps([model.factory, model.path, str(Path.cwd()), os.environ.get("PYTHONPATH")])
 
 
 def model_sha256(path: Path) -> str:
-    """Hash of a model file, the external data of an ONNX file included.
+    """Hash of a model file and, for ONNX, of the external data that it names.
 
     Raises:
-        StorageError: the file cannot be read.
+        StorageError: a file cannot be read.
     """
+    from gpuopt.model_file import files_of
+
     with storage_errors("read", path):
-        beside = [p for p in path.parent.glob(f"{path.name}*") if p.is_file() and p.name.endswith(("data", "weights"))]
-        return sha256_json([sha256_file(file) for file in [path, *sorted(beside)]])
+        return sha256_json([sha256_file(file) for file in files_of(path)])
 
 
-def check_request(recipe: Recipe, sources: Sources) -> None:
+def check_request(recipe: Recipe) -> None:
     """Refuse at once what would fail after minutes of work.
 
     Raises:
@@ -324,7 +332,7 @@ def check_request(recipe: Recipe, sources: Sources) -> None:
         environment.require("safetensors", "reading safetensors")
     if recipe.simplify.enabled:
         environment.require("onnxslim", "simplifying the graph")
-    if recipe.precision == "int8" and sources.data is None and not recipe.calibrate.random:
+    if recipe.precision == "int8" and recipe.calibrate.data is None and not recipe.calibrate.random:
         raise DataError(
             "INT8 needs calibration data, and there is none beside the model",
             "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"

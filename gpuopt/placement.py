@@ -36,14 +36,19 @@ class Placement:
     reason: str
 
 
-def candidate_tensors(model: onnx.ModelProto) -> list[str]:
-    """Activations that feed a candidate node: the tensors whose ranges quantization may need."""
+def candidate_tensors(model: onnx.ModelProto, with_outputs: bool = False) -> list[str]:
+    """Activations that feed a candidate node: the tensors whose ranges quantization may need.
+
+    Args:
+        with_outputs: what those nodes give, too: QOperator nodes have a scale on either side.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     producers = _producers(model)
     found: dict[str, None] = {}
     for node in model.graph.node:
         if node.op_type in WEIGHTED_OPERATORS or _is_residual_add(node, constants, producers):
             found.update({name: None for name in node.input[:2] if name not in constants})
+            found.update({name: None for name in node.output if with_outputs})
     return list(found)
 
 
@@ -67,7 +72,7 @@ def place(
         reason = (
             _by_choice(node, settings)
             or _by_kind(node, shapes, producers, settings.min_channels)
-            or _by_range(node, shapes, ranges, fp16)
+            or _by_range(node, shapes, ranges, fp16, settings.format == "qoperator")
         )
         decisions.append(Placement(node.name, node.op_type, not reason, reason))
     return decisions
@@ -114,8 +119,11 @@ def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:
     return weight[0], weight[1] * groups
 
 
-def _by_range(node: onnx.NodeProto, shapes: Container[str], ranges: Mapping[str, TensorRange], fp16: bool) -> str:
-    for name in node.input if node.op_type == "Add" else node.input[:1]:
+def _by_range(
+    node: onnx.NodeProto, shapes: Container[str], ranges: Mapping[str, TensorRange], fp16: bool, with_outputs: bool
+) -> str:
+    inputs = node.input if node.op_type == "Add" else node.input[:1]
+    for name in [*inputs, *(node.output if with_outputs else ())]:
         if name in shapes:
             continue
         if name not in ranges:

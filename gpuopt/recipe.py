@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from gpuopt.errors import GpuoptError, UsageError
+from gpuopt.errors import GpuoptError, UsageError, one_line
 from gpuopt.shapes import DTYPES, Profile, ShapeRange, format_shape, parse_shape
 from gpuopt.storage import storage_errors
 
@@ -129,9 +129,6 @@ class ExportSection(Section):
     exporters: Annotated[
         tuple[Literal["dynamo", "torchscript"], ...], BeforeValidator(_as_list), Field(min_length=1)
     ] = ("dynamo", "torchscript")
-    atol: float = Field(
-        1e-3, ge=0, description="Largest absolute error of the FP32 ONNX, relative to the largest output."
-    )
     seed: int = Field(0, ge=0, description="Seed of a factory's random weights and of generated inputs.")
 
 
@@ -311,7 +308,7 @@ def load(path: Path) -> dict[str, Any]:
         value = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS as error:
         raise UsageError(
-            f"{path} is not a recipe: {_one_line(error)}", "Write it as YAML, one section a stage."
+            f"{path} is not a recipe: {one_line(error)}", "Write it as YAML, one section a stage."
         ) from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not a recipe: it holds no sections", "See the examples in recipes/.")
@@ -346,7 +343,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS as error:
-        raise UsageError(f"--set {text}: {_one_line(error)}", "Quote the value as YAML would.") from error
+        raise UsageError(f"--set {text}: {one_line(error)}", "Quote the value as YAML would.") from error
 
 
 def resolve(tree: Mapping[str, Any]) -> Recipe:
@@ -394,7 +391,3 @@ def _section_of(annotation: Any) -> Any:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
     return annotation
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -25,10 +25,8 @@ from gpuopt.storage import write_json
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
-Runner = Callable[[Feed], Sequence[Array]]
+Forward = Callable[[Feed], Sequence[Array]]
 ValueRanges = Mapping[str, tuple[float, float]]
-
-_MAX_ROWS_CHECKED = 2
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Interface:
     profiles: tuple[Profile, ...]
 
 
-def record(folder: Path, interface: Interface, run: Runner, feeds: Mapping[str, Feed], origin: str) -> Reference:
+def record(folder: Path, interface: Interface, run: Forward, feeds: Mapping[str, Feed], origin: str) -> Reference:
     """Run the original model at every corner and store what it gives.
 
     Args:
@@ -212,7 +210,7 @@ def largest_batch(points: Sequence[Corner], profiles: Sequence[Profile]) -> str 
 
 def rows_to_check(batch: int) -> list[int]:
     """Rows of a batch that are also run alone: the first and the last."""
-    return sorted({0, batch - 1})[:_MAX_ROWS_CHECKED]
+    return sorted({0, batch - 1})
 
 
 def row_of(feed: Feed, row: int) -> dict[str, Array]:
@@ -220,7 +218,7 @@ def row_of(feed: Feed, row: int) -> dict[str, Array]:
     return {name: value[row : row + 1] for name, value in feed.items()}
 
 
-def _independent_rows(run: Runner, feed: Feed, outputs: Mapping[str, Array]) -> set[str]:
+def _independent_rows(run: Forward, feed: Feed, outputs: Mapping[str, Array]) -> set[str]:
     batch = next(iter(feed.values())).shape[0]
     names = {name for name, value in outputs.items() if value.ndim and value.shape[0] == batch}
     for row in rows_to_check(batch):

@@ -88,7 +88,7 @@ def describe(chosen: Recipe, as_json: bool) -> str:
     from gpuopt.compile import with_defaults
     from gpuopt.pipeline import plan
 
-    resolved, _ = with_defaults(chosen)
+    resolved = with_defaults(chosen)
     steps = [step.label for step in plan(resolved)]
     if as_json:
         return json.dumps({"recipe": resolved.model_dump(mode="json"), "plan": steps}, indent=2) + "\n"

@@ -9,7 +9,7 @@ import logging
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gpuopt.errors import GpuoptError, ModelError, UsageError
+from gpuopt.errors import GpuoptError, ModelError, UsageError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, hazards
 from gpuopt.recipe import ModelSection
@@ -35,6 +35,9 @@ class TorchModel:
         module: an `nn.Module`, a `ScriptModule` or an `ExportedProgram`.
         kind: what it was loaded from.
         parameters: names of forward's parameters, in order; empty if unknown.
+        keyword_only: those of them that have to be passed by name.
+        variadic: whether forward takes `*args`.
+        files_read: files that the factory opened.
         stated: what the model itself says of its inputs; only exported programs do.
         notes: for the report.
     """
@@ -43,19 +46,30 @@ class TorchModel:
     kind: ModelKind
     parameters: tuple[str, ...]
     stated: tuple[StatedInput, ...] = ()
+    keyword_only: frozenset[str] = frozenset()
+    variadic: bool = False
     notes: list[str] = field(default_factory=list)
+    files_read: set[str] = field(default_factory=set)
 
     def arguments(self, feed: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of forward for a feed."""
         if self.kind is ModelKind.EXPORTED_PROGRAM:
             return self._program_arguments(feed)
-        names = list(feed)
-        if self.parameters and all(name in self.parameters for name in names):
-            leading = list(self.parameters[: len(names)])
-            if set(leading) == set(names):
-                return tuple(feed[name] for name in leading), {}
-            return (), dict(feed)
-        return tuple(feed.values()), {}
+        if not self._by_name(feed):
+            return tuple(feed.values()), {}
+        leading = self.parameters[: len(feed)]
+        if set(leading) == set(feed) and not self.keyword_only & set(feed):
+            return tuple(feed[name] for name in leading), {}
+        return (), dict(feed)
+
+    def bind(self, values: Mapping[str, Any]) -> Any:
+        """One value an input, in the form torch.export wants for the arguments above: by name where it can be."""
+        if not self._by_name(values):
+            return ([*values.values()],) if self.variadic else tuple(values.values())
+        return {name: values[name] for name in self.parameters if name in values}
+
+    def _by_name(self, feed: Mapping[str, Any]) -> bool:
+        return bool(self.parameters) and set(feed) <= set(self.parameters)
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:
         """Outputs as numpy arrays, nested structures flattened, for one feed of numpy arrays."""
@@ -64,7 +78,7 @@ class TorchModel:
             return [value.detach().cpu().numpy() for _, value in self._leaves(self._callable()(*args, **kwargs))]
 
     def output_names(self, feed: Mapping[str, Any]) -> list[str]:
-        """A name for every output: the key in a dict or dataclass, else `output` or `output_<n>`."""
+        """A name for every output: its key in a dict or in transformers' outputs, else `output` or `output_<n>`."""
         args, kwargs = self.arguments(as_tensors(feed))
         with torch.inference_mode():
             leaves = self._leaves(self._callable()(*args, **kwargs))
@@ -102,7 +116,14 @@ class TorchModel:
 
     def _leaves(self, outputs: Any) -> list[tuple[Any, torch.Tensor]]:
         leaves, _ = pytree.tree_flatten_with_path(outputs)
-        return [(path, value) for path, value in leaves if isinstance(value, torch.Tensor)]
+        tensors = [(path, value) for path, value in leaves if isinstance(value, torch.Tensor)]
+        foreign = sorted({type(v).__name__ for _, v in leaves if v is not None and not isinstance(v, torch.Tensor)})
+        if foreign or not tensors:
+            raise ModelError(
+                f"forward returns {' and '.join(foreign) or 'nothing'}; an engine can only give tensors",
+                "Return a tensor, or a tuple, list or dict of tensors; wrap the model to leave out the rest.",
+            )
+        return tensors
 
     def _program_arguments(self, feed: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         flat = [
@@ -130,42 +151,48 @@ def load(settings: ModelSection, kind: ModelKind) -> TorchModel:
     path = Path(settings.path) if settings.path else None
     if path is not None:
         _refuse_untrusted(path, kind, settings.trust_pickle)
-    with quiet_torch():
-        if path is None:
-            return _module(_call_factory(settings.factory or ""), ModelKind.FACTORY)
-        if kind in (ModelKind.STATE_DICT, ModelKind.SAFETENSORS):
-            if not settings.factory:
-                raise UsageError(
-                    f"{path} holds weights only ({kind.value}): the code of the model is missing",
-                    "Name a function that returns the nn.Module: --model package.module:factory.",
-                )
-            return _load_weights(path, kind, settings.factory)
-        try:
-            if kind is ModelKind.EXPORTED_PROGRAM:
-                with path.open("rb") as stream:
-                    return _program(torch.export.load(stream))
-            if kind is ModelKind.TORCHSCRIPT:
-                script = torch.jit.load(str(path), map_location="cpu").eval()
-                names = [a.name for a in script.forward.schema.arguments if a.name != "self"]
-                return TorchModel(script, kind, tuple(names))
-            return _module(torch.load(path, map_location="cpu", weights_only=False), kind)
-        except GpuoptError:
-            raise
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ModelError(
-                f"{path} needs code that is not here: {error}",
-                "Run gpuopt where the model's own package can be imported.",
-            ) from error
-        except Exception as error:  # torch raises plain RuntimeError and worse for damaged files
-            raise ModelError(
-                f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {_brief(error)}",
-                "The file may be damaged, or written by a newer torch.",
-            ) from error
+    with quiet_torch(), _files_opened() as opened:
+        model = _load(settings, path, kind)
+    model.files_read = opened - {str(path.resolve()) if path else ""}
+    return model
+
+
+def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchModel:
+    if path is None:
+        return _module(_call_factory(settings.factory or ""), ModelKind.FACTORY)
+    if kind in (ModelKind.STATE_DICT, ModelKind.SAFETENSORS):
+        if not settings.factory:
+            raise UsageError(
+                f"{path} holds weights only ({kind.value}): the code of the model is missing",
+                "Name a function that returns the nn.Module: --model package.module:factory.",
+            )
+        return _load_weights(path, kind, settings.factory)
+    try:
+        if kind is ModelKind.EXPORTED_PROGRAM:
+            with path.open("rb") as stream:
+                return _program(torch.export.load(stream))
+        if kind is ModelKind.TORCHSCRIPT:
+            script = torch.jit.load(str(path), map_location="cpu").eval()
+            names = [a.name for a in script.forward.schema.arguments if a.name != "self"]
+            return TorchModel(script, kind, tuple(names))
+        return _module(torch.load(path, map_location="cpu", weights_only=False), kind)
+    except GpuoptError:
+        raise
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ModelError(
+            f"{path} needs code that is not here: {error}",
+            "Run gpuopt where the model's own package can be imported.",
+        ) from error
+    except Exception as error:  # torch raises plain RuntimeError and worse for damaged files
+        raise ModelError(
+            f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {one_line(error)}",
+            "The file may be damaged, or written by a newer torch.",
+        ) from error
 
 
 def user_files(before: set[str]) -> list[str]:
     """Source files of modules imported since `before` that belong to no installed package."""
-    installed = [Path(p).resolve() for p in (*sysconfig.get_paths().values(), str(Path(__file__).parent))]
+    installed = _installed_folders()
     files = set()
     for name in set(sys.modules) - before:
         source = Path(str(getattr(sys.modules[name], "__file__", None)))
@@ -178,16 +205,54 @@ def user_files(before: set[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Keep torch's deprecation and tracing talk off stderr."""
+def quiet_torch() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep torch's talk off stderr; what tracing takes for constant is collected, see `traced_away`."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
-            yield
+            warnings.simplefilter("always", torch.jit.TracerWarning)
+            yield caught
     finally:
         logging.disable(level)
+
+
+def traced_away(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What a tracing exporter turned into constants though it depends on data, a line each."""
+    lines = [one_line(str(w.message)).split(" We can't record")[0] for w in caught]
+    return tuple(dict.fromkeys(lines))
+
+
+@contextlib.contextmanager
+def _files_opened() -> Iterator[set[str]]:
+    """Files opened for reading meanwhile that belong to no installed package: weights, configurations."""
+    found: set[str] = set()
+    listening = True
+    installed = _installed_folders()
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if not listening or event != "open" or not isinstance(arguments[0], str):
+            return
+        mode = arguments[1]
+        if isinstance(mode, str) and not set(mode) & set("wax+"):
+            path = Path(arguments[0]).resolve()
+            if path.suffix != ".pyc" and path.is_file() and not any(map(path.is_relative_to, installed)):
+                found.add(str(path))
+
+    sys.addaudithook(listen)
+    try:
+        yield found
+    finally:
+        # An audit hook cannot be taken off again.
+        listening = False
+
+
+def _installed_folders() -> list[Path]:
+    return [
+        Path(p).resolve()
+        for p in (*sysconfig.get_paths().values(), str(Path(__file__).parent), "/proc", "/sys", "/dev")
+    ]
 
 
 def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
@@ -205,12 +270,12 @@ def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
 def _call_factory(factory: str) -> Any:
     module_name, _, function = factory.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))
     try:
         module = getattr(importlib.import_module(module_name), function)()
     except Exception as error:  # the user's code may raise anything
         raise ModelError(
-            f"the factory {factory} fails: {type(error).__name__}: {_brief(error)}",
+            f"the factory {factory} fails: {described(error)}",
             "It is called without arguments, from the current folder, and returns an nn.Module.",
         ) from error
     if not isinstance(module, torch.nn.Module):
@@ -231,7 +296,7 @@ def _load_weights(path: Path, kind: ModelKind, factory: str) -> TorchModel:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
-            raise ModelError(f"{path} cannot be loaded: {_brief(error)}", "Save the state dict again.") from error
+            raise ModelError(f"{path} cannot be loaded: {one_line(error)}", "Save the state dict again.") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -243,7 +308,7 @@ def _load_weights(path: Path, kind: ModelKind, factory: str) -> TorchModel:
         missing, unexpected = module.load_state_dict(stripped, strict=False)
     except RuntimeError as error:
         raise ModelError(
-            f"{path} does not fit {factory}: {_brief(error)}", "Use the factory it was saved from."
+            f"{path} does not fit {factory}: {one_line(error)}", "Use the factory it was saved from."
         ) from error
     if missing or unexpected:
         raise ModelError(
@@ -269,12 +334,15 @@ def _module(module: Any, kind: ModelKind) -> TorchModel:
     module = module.to("cpu").float().eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    names = [
-        p.name
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)
-    ]
-    return TorchModel(module, kind, tuple(names), notes=notes)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return TorchModel(
+        module,
+        kind,
+        tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
+        keyword_only=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),
+        notes=notes,
+    )
 
 
 def _program(program: Any) -> TorchModel:
@@ -312,8 +380,3 @@ def _stated_input(name: str, value: torch.Tensor, constraints: Mapping[Any, Any]
         shape.append(str(size))
     spec = TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
     return StatedInput(spec, ShapeRange(tuple(low), tuple(high), tuple(high)), tuple(unbounded))
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."

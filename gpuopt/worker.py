@@ -14,20 +14,27 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from gpuopt import environment, errors
 from gpuopt.artifact import StageOutcome
-from gpuopt.errors import BuildError, GpuoptError, RequirementError
-from gpuopt.progress import Progress, Silent
+from gpuopt.errors import BuildError, GpuoptError, RequirementError, defect
+from gpuopt.progress import Silent
 from gpuopt.stages.context import StageContext
 
 _PR_SET_PDEATHSIG = 1
+_MOST_LOG_BYTES = 1 << 16
+
+# The worker searches where its parent does. Python would put the current folder first for it, and
+# a file there, beside a downloaded model perhaps, would stand in for a library of the same name.
+_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from gpuopt.worker import serve; serve(int(sys.argv[1]))"
 _KINDS = {kind.__name__: kind for kind in errors.KINDS}
 
 
@@ -37,6 +44,7 @@ class Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._log: IO[bytes] | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -66,7 +74,7 @@ class Worker:
             if kind == "error":
                 name, message, hint, details = content
                 failure = _KINDS[name](message, hint)
-                failure.details = details
+                failure.details = details + self._said()
                 raise failure
             getattr(context.progress, kind)(*content)
 
@@ -77,19 +85,22 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._pipe = None
+        if self._log is not None:
+            self._log.close()
+        self._process = self._pipe = self._log = None
 
     def _started(self) -> Connection:
         if self._pipe is not None and self._process is not None and self._process.poll() is None:
             return self._pipe
         self.stop()
         ours, theirs = Pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
-            [sys.executable, "-m", "gpuopt.worker", str(theirs.fileno())],
+            [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *_search_path()],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            stderr=self._log,
         )
         theirs.close()
         self._pipe = ours
@@ -98,14 +109,29 @@ class Worker:
     def _post_mortem(self, stage: str, context: StageContext) -> GpuoptError:
         process = self._process
         code = process.wait() if process else 0
+        said = self._said()
         self.stop()
+        failure = self._cause_of_death(stage, context.target, code)
+        failure.details = said
+        return failure
+
+    def _said(self) -> str:
+        """The end of what libraries wrote to stderr, for `--debug`."""
+        if self._log is None:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _MOST_LOG_BYTES))
+        return self._log.read().decode(errors="replace")
+
+    @staticmethod
+    def _cause_of_death(stage: str, target: str, code: int) -> GpuoptError:
         if code == -signal.SIGKILL:
             return RequirementError(
                 f"the {stage} stage was killed, as the system does when memory runs out",
                 "Use smaller shapes or a machine with more memory.",
             )
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        where = f" for {context.target}" if context.target else ""
+        where = f" for {target}" if target else ""
         return BuildError(
             f"a library crashed in the {stage} stage{where} ({cause})",
             "This is a defect of that library: try another of its versions ('gpuopt doctor' lists them) and report it.",
@@ -130,19 +156,6 @@ class _PipeProgress:
 
     def warn(self, text: str) -> None:
         self._pipe.send(("warn", text))
-
-
-def _serve(pipe: Connection) -> None:
-    while True:
-        try:
-            stage, context = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_answer(stage, dataclasses.replace(context, progress=_progress(pipe))))
-
-
-def _progress(pipe: Connection) -> Progress:
-    return _PipeProgress(pipe)
 
 
 def _answer(stage: str, context: StageContext) -> tuple[Any, ...]:
@@ -170,19 +183,26 @@ def _failure(stage: str, error: Exception) -> GpuoptError:
         return errors.StorageError(
             f"{stage} cannot read or write a file: {error}", "Check free space and permissions of the cache folder."
         )
-    return GpuoptError(
-        f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        "This is a defect of gpuopt. Run 'gpuopt --debug ...' for the traceback and report it.",
-    )
+    return defect(error, f"{stage}: ")
 
 
-def _main() -> None:
+def _search_path() -> list[str]:
+    """Our own search path with the current folder left out, unless gpuopt itself lies there."""
+    here, ours = Path.cwd(), Path(__file__).parent.parent
+    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [entry for entry in sys.path if entry and (Path(entry) != here or here == ours or entry in asked)]
+
+
+def serve(descriptor: int) -> None:
+    """The worker's life: answer requests that come over the pipe until it closes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ctrl-C reaches the whole process group; the parent decides and kills this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(Connection(int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    _main()
+    pipe = Connection(descriptor)
+    while True:
+        try:
+            stage, context = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(stage, dataclasses.replace(context, progress=_PipeProgress(pipe))))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from gpuopt.errors import BuildError, QuantizationError
+from gpuopt.errors import BuildError, QuantizationError, one_line
 
 ort.set_default_logger_severity(3)
 
@@ -50,7 +50,7 @@ class Session:
             )
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise BuildError(
-                f"ONNX Runtime {ort.__version__} refuses {model.name}: {first_line(error)}",
+                f"ONNX Runtime {ort.__version__} refuses {model.name}: {one_line(error)}",
                 "Run with --debug for its full message.",
             ) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -63,12 +63,15 @@ class Session:
             QuantizationError: the model fails on this feed.
         """
         names = list(outputs) if outputs is not None else list(self.output_names)
+        if not names:
+            # ONNX Runtime takes an empty list for "all of them".
+            return {}
         try:
             values = self._session.run(names, {n: np.asarray(feed[n]) for n in self.input_names})
         except Exception as error:
             shapes = ", ".join(f"{n} {tuple(np.shape(v))}" for n, v in feed.items())
             raise QuantizationError(
-                f"ONNX Runtime fails on the inputs {shapes}: {first_line(error)}",
+                f"ONNX Runtime fails on the inputs {shapes}: {one_line(error)}",
                 "Check that the shapes and value ranges are ones that the model takes.",
             ) from error
         return dict(zip(names, values, strict=True))
@@ -83,7 +86,9 @@ def optimizers_to_disable(model: Path) -> tuple[str, ...]:
         BuildError: it crashes with that optimizer left out, too.
     """
     script = (
-        "import sys, onnxruntime as ort; ort.set_default_logger_severity(4); "
+        # Without the current folder on the path: a file there could stand in for a library.
+        "import sys; sys.path[:1] == [''] and sys.path.pop(0)\n"
+        "import onnxruntime as ort; ort.set_default_logger_severity(4); "
         "ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'], disabled_optimizers=sys.argv[2:])"
     )
     code = 0
@@ -97,8 +102,3 @@ def optimizers_to_disable(model: Path) -> tuple[str, ...]:
         f"ONNX Runtime {ort.__version__} crashes while it opens {model.name} ({signal.Signals(-code).name})",
         "Try another version of onnxruntime, or --precision fp32.",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 300 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -34,6 +34,7 @@ _CHUNK = 1 << 16
 _LEVELS = 127
 """Positive levels of symmetric INT8; -128 is not used."""
 
+_ENTROPY_MOST_CLIPPED = 1e-3
 _ENTROPY_LEVELS = 128
 """Levels of |x| that the entropy method compares with, zero included."""
 
@@ -274,6 +275,9 @@ def _entropy_edge(histogram: _Counts, peak: float) -> float:
     present = np.concatenate([[0.0], np.cumsum(counts > 0)])
     surprise = np.concatenate([[0.0], np.cumsum(_xlogx(counts))])
     total = below[-1]
+    # A candidate that clips much of the data may still look alike in shape: where values stay away
+    # from zero, one whose only filled bin holds the smallest of them has no divergence at all.
+    filled = filled[total - below[filled] <= _ENTROPY_MOST_CLIPPED * total]
     best, edge = math.inf, used
     for start in range(0, filled.size, _BLOCK):
         ends = filled[start : start + _BLOCK]

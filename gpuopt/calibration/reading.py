@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpuopt.calibration.readers import ImageOptions, SampleReader, open_reader, random_reader
 from gpuopt.errors import DataError
+from gpuopt.interface import value_bounds
 from gpuopt.recipe import CalibrateSection, InputSection
 from gpuopt.reference import load as load_reference
 from gpuopt.shapes import TensorSpec
@@ -49,8 +50,7 @@ def open_for_model(context: StageContext, inputs: Sequence[TensorSpec]) -> Sampl
     if settings.random:
         profile = load_reference(context.folder("reference")).profiles[0]
         concrete = [replace(spec, shape=profile[spec.name].opt) for spec in inputs]
-        bounds = {name or inputs[0].name: s.bounds() for name, s in context.recipe.inputs.items()}
-        known = {name: pair for name, pair in bounds.items() if pair}
+        known = value_bounds(context.recipe.inputs, inputs[0].name)
         return random_reader(concrete, settings.samples, context.recipe.export.seed, known)
     if context.data is None:
         raise DataError("INT8 needs calibration data", "Give --calibration-data.")

@@ -35,13 +35,14 @@ def render(report: Report) -> str:
             f"accuracy     {', '.join(figures) or 'exact'}; worst of {len(corners)} shape corners, "
             f"against {report.verification['reference']}"
         )
-    lines.append(f"report       {report.bundle}/report.md")
+    if report.facts("export"):
+        lines.append(f"report       {report.bundle}/report.md")
     return "\n".join(lines)
 
 
 def render_error(kind: str, message: str, hint: str) -> str:
     """An error as stderr shows it: three lines at most."""
-    return "\n".join([f"gpuopt: {kind} error: {message}", *hint.splitlines()][:3])
+    return "\n".join([f"gpuopt: {kind} error: {' '.join(message.split())}", *hint.splitlines()][:3])
 
 
 def render_facts(report: Report) -> str:

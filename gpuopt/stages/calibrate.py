@@ -29,8 +29,13 @@ def run(context: StageContext) -> StageOutcome:
     settings = context.recipe.calibrate
     model = onnx_model.load(context.folder("onnx"))
     specs = onnx_model.input_specs(model)
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise QuantizationError(
+            "the graph holds Q/DQ or dequantized weights already", "Use --precision fp16: it keeps them as they are."
+        )
     known = onnx_model.float_tensors(model)
-    tensors = [name for name in placement.candidate_tensors(model) if name in known]
+    with_outputs = context.recipe.quantize.format == "qoperator"
+    tensors = [name for name in placement.candidate_tensors(model, with_outputs) if name in known]
     inputs = {spec.name for spec in specs}
     watched = [name for name in tensors if name not in inputs]
     session = _watching_session(model, watched, context)

@@ -10,8 +10,7 @@ import onnx
 
 from gpuopt import onnx_model
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.onnxruntime import first_line
-from gpuopt.errors import QuantizationError
+from gpuopt.errors import QuantizationError, described
 from gpuopt.stages.context import StageContext
 
 
@@ -41,7 +40,7 @@ def run(context: StageContext) -> StageOutcome:
         onnx_model.check(path)
     except Exception as error:  # the converter and the checker raise errors without a common base
         raise QuantizationError(
-            f"the graph cannot be cast to FP16: {type(error).__name__}: {first_line(error)}",
+            f"the graph cannot be cast to FP16: {described(error)}",
             "Keep the operator in FP32: --set cast.op_types_to_keep=[TYPE] or cast.nodes_to_keep=[NAME].",
         ) from error
     finally:

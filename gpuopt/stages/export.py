@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from gpuopt import interface, onnx_model, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.onnxruntime import Session, first_line
-from gpuopt.errors import ExportError, GpuoptError
+from gpuopt.backends.onnxruntime import Session
+from gpuopt.comparison import SAME, compare, first_difference, problem
+from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
 from gpuopt.recipe import Recipe
@@ -29,10 +29,16 @@ DYNAMO_MIN_OPSET = 18
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one exporter fared; `reason` is empty for the one that won."""
+    """How one exporter fared.
+
+    Attributes:
+        reason: why it lost; empty for the one that won.
+        frozen: where it took for constant what depends on data.
+    """
 
     exporter: str
     reason: str
+    frozen: tuple[str, ...] = ()
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -68,12 +74,15 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     with torch_model.quiet_torch():
         try:
             names = loaded.output_names(first)
+            _check_repeatable(loaded, names, first)
             tensors = Interface(resolved.inputs, tuple(names), resolved.profiles)
             stored = reference.record(context.made("reference"), tensors, loaded.run, corner_feeds, "PyTorch")
+        except GpuoptError:
+            raise
         except Exception as error:  # the user's model may raise anything
             shapes = ", ".join(f"{n} {tuple(v.shape)} {v.dtype}" for n, v in first.items())
             raise ExportError(
-                f"the PyTorch model fails on {shapes}: {first_line(error)}",
+                f"the PyTorch model fails on {shapes}: {one_line(error)}",
                 "Check --input names, shapes and dtypes; forward takes: "
                 + (", ".join(loaded.parameters) or "unnamed inputs")
                 + ".",
@@ -81,25 +90,46 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     folder = context.made("onnx")
     attempts = []
     for exporter in _order(recipe, loaded):
-        reason = _attempt(exporter, loaded, stored, recipe, folder)
-        attempts.append(Attempt(exporter, reason))
-        if not reason:
+        attempts.append(_attempt(exporter, loaded, stored, recipe, folder))
+        if not attempts[-1].reason:
             break
-        context.progress.line(f"export: the {exporter} exporter lost: {reason}")
+        context.progress.line(f"export: the {exporter} exporter lost: {attempts[-1].reason}")
     if attempts[-1].reason:
         raise ExportError(
             f"no exporter gave a graph equal to the model: {attempts[-1].exporter}: {attempts[-1].reason}",
             "; ".join(f"{a.exporter}: {a.reason}" for a in attempts[:-1])[:600]
             or "Try another --set export.exporters or --set export.opset.",
         )
+    warnings.extend(
+        f"the {attempts[-1].exporter} exporter made a constant of what depends on data: {line}"
+        for line in attempts[-1].frozen
+    )
+    opset = onnx_model.opset(onnx.load(str(folder / ONNX_FILE), load_external_data=False))
+    if opset != recipe.export.opset:
+        warnings.append(f"the {attempts[-1].exporter} exporter writes opset {opset}, not {recipe.export.opset}")
     facts = {
         "model_kind": kind.value,
         "exporter": attempts[-1].exporter,
         "attempts": [{"exporter": a.exporter, "reason": a.reason} for a in attempts],
-        "opset": recipe.export.opset,
+        "opset": opset,
         "ir_version": onnx_model.IR_VERSION,
     }
-    return StageOutcome(facts, tuple(warnings), tuple(torch_model.user_files(known)))
+    dependencies = {*torch_model.user_files(known), *loaded.files_read}
+    return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
+
+
+def _check_repeatable(loaded: Any, names: Sequence[str], feed: reference.Feed) -> None:
+    """A model that answers the same question in two ways has dropout or the like at work.
+
+    Raises:
+        ModelError: an output differs between two runs.
+    """
+    for name, once, again in zip(names, loaded.run(feed), loaded.run(feed), strict=True):
+        if found := problem(compare(again, once), SAME):
+            raise ModelError(
+                f"the model gives another '{name}' when it runs again on the same input: {found}",
+                "Dropout or another random layer is in training mode: call .eval() before saving.",
+            )
 
 
 def _order(recipe: Recipe, loaded: Any) -> list[str]:
@@ -110,54 +140,51 @@ def _order(recipe: Recipe, loaded: Any) -> list[str]:
     return order
 
 
-def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, folder: Path) -> str:
-    """Export and compare with PyTorch at every corner; the reason of a failure, or nothing."""
+def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, folder: Path) -> Attempt:
+    """Export and compare with PyTorch at every corner."""
     from gpuopt import torch_model
 
     path = folder / ONNX_FILE
-    example = _example_feed(stored)
-    tensors = torch_model.as_tensors(example)
+    tensors = torch_model.as_tensors(_example_feed(stored))
     try:
-        with torch_model.quiet_torch():
+        with torch_model.quiet_torch() as caught:
             if exporter == "dynamo":
                 _export_dynamo(loaded, tensors, stored, recipe.export.opset, path)
             else:
                 _export_torchscript(loaded, tensors, stored, recipe.export.opset, path)
-        model = onnx.load(str(path))
-        for extra in folder.iterdir():
-            extra.unlink()
-        model.ir_version = onnx_model.IR_VERSION
-        onnx_model.name_dimensions(model, stored.inputs)
-        if frozen := onnx_model.static_axes(model, interface.dynamic_axes(stored.inputs)):
-            return f"the graph fixes the dynamic axes {', '.join(frozen)}"
-        onnx_model.node_names_made_unique(model)
-        onnx_model.save(model, folder)
-        onnx_model.check(path)
-        return _difference(path, stored, recipe.export.atol)
+        return Attempt(exporter, _adopt_export(path, stored), torch_model.traced_away(caught))
     except GpuoptError as error:
-        return error.message
+        return Attempt(exporter, error.message)
     except Exception as error:  # exporters raise errors of their own without a common base
-        return f"{type(error).__name__}: {first_line(error)}"
+        cause = error.__cause__ or error
+        return Attempt(exporter, described(cause))
+
+
+def _adopt_export(path: Path, stored: Reference) -> str:
+    """Tidy what an exporter wrote; what is wrong with it, or nothing."""
+    model = onnx.load(str(path))
+    for extra in path.parent.iterdir():
+        extra.unlink()
+    onnx_model.name_dimensions(model, stored.inputs)
+    if frozen := onnx_model.static_axes(model, interface.dynamic_axes(stored.inputs)):
+        return f"the graph fixes the dynamic axes {', '.join(frozen)}"
+    onnx_model.node_names_made_unique(model)
+    onnx_model.save(model, path.parent)
+    onnx_model.check(path)
+    return first_difference(Session(path), stored, SAME)
 
 
 def _export_dynamo(loaded: Any, tensors: dict[str, Any], stored: Reference, opset: int, path: Path) -> None:
     import torch
 
-    args, kwargs = loaded.arguments(tensors)
-    options: dict[str, Any] = {}
-    target = loaded.module
     if loaded.kind is ModelKind.TORCHSCRIPT:
         raise ExportError("torch's current exporter takes no TorchScript archive")
+    target = loaded.module
     if loaded.kind is not ModelKind.EXPORTED_PROGRAM:
-        by_name = {
-            name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
-            for name, axes in interface.dynamic_axes(stored.inputs).items()
-        }
-        options["dynamic_shapes"] = (
-            {name: by_name[name] for name in kwargs} if kwargs else tuple(by_name[name] for name in tensors)
-        )
-        if not kwargs and loaded.parameters:
-            options["dynamic_shapes"] = tuple(by_name.values()) if len(by_name) == len(args) else None
+        args, kwargs = loaded.arguments(tensors)
+        axes = interface.dynamic_axes(stored.inputs)
+        shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in tensors}
+        options = {"dynamic_shapes": loaded.bind(shapes)}
         target = torch.export.export(loaded.module, args, kwargs, strict=False, **options)
     program = torch.onnx.export(target, opset_version=opset, dynamo=True, verbose=False)
     # The exporter's own renaming does not look whether an inner tensor has the name already.
@@ -188,36 +215,11 @@ def _export_torchscript(loaded: Any, tensors: dict[str, Any], stored: Reference,
     )
 
 
-def _difference(path: Path, stored: Reference, atol: float) -> str:
-    """Where the FP32 graph's outputs leave the reference by more than `atol` times the largest value."""
-    session = Session(path)
-    for corner in stored.corners:
-        actual = session.run(stored.feed(corner))
-        for name, expected in stored.expected(corner).items():
-            got = actual.get(name)
-            if got is None:
-                return f"the graph has no output '{name}'"
-            if got.shape != expected.shape:
-                return f"output '{name}' at {corner.name} has the shape {got.shape}, PyTorch's {expected.shape}"
-            if expected.dtype.kind != "f":
-                differing = float(np.mean(got != expected)) if expected.size else 0.0
-                if differing > 0.01:
-                    return f"output '{name}' at {corner.name} differs in {differing:.1%} of its values"
-                continue
-            scale = max(1.0, float(np.max(np.abs(expected), initial=0.0)))
-            error = float(np.max(np.abs(got.astype(np.float64) - expected), initial=0.0)) / scale
-            if not error <= atol and not (np.isnan(got) == np.isnan(expected)).all():
-                return f"output '{name}' at {corner.name} has NaN where PyTorch has none"
-            if not error <= atol and not np.isnan(error):
-                return f"output '{name}' at {corner.name} is off by {error:.2e} (allowed {atol:.0e})"
-    return ""
-
-
 def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> StageOutcome:
     """Take an ONNX file as it is: pin opset and IR, and let ONNX Runtime say what it computes."""
     recipe = context.recipe
     source = Path(recipe.model.path or "")
-    model = onnx_model.load_untrusted(source)
+    model = onnx_model.with_types(onnx_model.load_untrusted(source))
     stated = [_stated_by_graph(spec) for spec in onnx_model.input_specs(model)]
     feeds = interface.with_model_names(feeds, stated)
     resolved = interface.resolve(recipe, [s.spec.name for s in stated], stated, feeds)
@@ -228,7 +230,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
             model = onnx.version_converter.convert_version(model, recipe.export.opset)
         except Exception as error:  # the converter raises RuntimeError and its own kinds
             raise ExportError(
-                f"{source} has opset {before}, which cannot be converted to {recipe.export.opset}: {first_line(error)}",
+                f"{source} has opset {before}, which cannot be converted to {recipe.export.opset}: {one_line(error)}",
                 "Export the model again with that opset.",
             ) from error
         warnings.append(f"opset {before} was converted to {recipe.export.opset}")
@@ -238,7 +240,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
     try:
         onnx_model.check(path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{source} is not valid ONNX: {first_line(error)}", "Export the model again.") from error
+        raise ExportError(f"{source} is not valid ONNX: {one_line(error)}", "Export the model again.") from error
     session = Session(path)
     outputs = tuple(spec.name for spec in onnx_model.output_specs(model))
     reference.record(

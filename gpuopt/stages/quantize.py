@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,10 +13,9 @@ from onnx import numpy_helper
 
 from gpuopt import onnx_model, placement
 from gpuopt.artifact import StageOutcome
-from gpuopt.backends.onnxruntime import first_line
 from gpuopt.calibration import ranges
 from gpuopt.calibration.collectors import TensorRange
-from gpuopt.errors import QuantizationError
+from gpuopt.errors import QuantizationError, described
 from gpuopt.recipe import Recipe
 from gpuopt.stages.context import StageContext
 
@@ -56,7 +56,7 @@ def run(context: StageContext) -> StageOutcome:
         quantized = _quantize(model, recipe, chosen, known)
     except Exception as error:  # onnxruntime.quantization raises ValueError, RuntimeError, AttributeError, ...
         raise QuantizationError(
-            f"onnxruntime's quantizer fails: {type(error).__name__}: {first_line(error)}",
+            f"onnxruntime's quantizer fails: {described(error)}",
             "Exclude the node with --set quantize.nodes_to_exclude=[NAME]; --debug shows where it failed.",
         ) from error
     rounded = 0
@@ -95,8 +95,9 @@ def _quantize(
 
     op_types = sorted({decision.op_type for decision in chosen})
     qdq = recipe.quantize.format == "qdq"
-    options = dict(_TENSORRT_OPTIONS) if qdq else {"ActivationSymmetric": True, "WeightSymmetric": True}
-    options["OpTypesToExcludeOutputQuantization"] = op_types  # type: ignore[assignment]
+    options: dict[str, Any] = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    if qdq:
+        options = {**_TENSORRT_OPTIONS, "OpTypesToExcludeOutputQuantization": op_types}
     by_tensor = {
         name: TensorData(lowest=np.float32(-max(r.amax, 0.0)), highest=np.float32(r.amax)) for name, r in known.items()
     }

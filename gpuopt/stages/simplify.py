@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import onnx
 
 from gpuopt import onnx_model, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.onnxruntime import Session, first_line
-from gpuopt.errors import GpuoptError
+from gpuopt.backends.onnxruntime import Session
+from gpuopt.comparison import SAME, first_difference
+from gpuopt.errors import GpuoptError, described
 from gpuopt.stages.context import StageContext
-
-_TOLERANCE = 1e-3
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -49,11 +47,12 @@ def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
     try:
         _finish(onnxslim.slim(copy), context)
         onnx_model.check(path)
-        difference = _difference(context)
+        stored = reference.load(context.folder("reference"))
+        difference = first_difference(Session(path), stored, SAME)
     except GpuoptError as error:
         difference = error.message
     except Exception as error:  # onnxslim and the checker raise errors without a common base
-        difference = f"{type(error).__name__}: {first_line(error)}"
+        difference = described(error)
     if difference:
         for written in path.parent.iterdir():
             written.unlink()
@@ -63,19 +62,3 @@ def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
 def _finish(model: onnx.ModelProto, context: StageContext) -> None:
     onnx_model.node_names_made_unique(model)
     onnx_model.save(onnx_model.with_types(model), context.output / "onnx")
-
-
-def _difference(context: StageContext) -> str:
-    stored = reference.load(context.folder("reference"))
-    session = Session(context.output / "onnx" / ONNX_FILE)
-    for corner in stored.corners:
-        actual = session.run(stored.feed(corner))
-        for name, expected in stored.expected(corner).items():
-            if actual[name].shape != expected.shape:
-                return f"output '{name}' got the shape {actual[name].shape} instead of {expected.shape}"
-            if expected.dtype.kind == "f":
-                scale = max(1.0, float(np.max(np.abs(expected), initial=0.0)))
-                error = float(np.max(np.abs(actual[name] - expected), initial=0.0)) / scale
-                if error > _TOLERANCE:
-                    return f"output '{name}' moved by {error:.1e} at {corner.name}"
-    return ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,21 @@ import numpy as np
 from gpuopt import reference
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session, optimizers_to_disable
+from gpuopt.comparison import SAME, Limits, against_reference, problem
 from gpuopt.recipe import Precision, VerifySection
-from gpuopt.reference import Array, Reference
+from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
 
 VERIFICATION_FILE = "verification.json"
-MIN_COSINE: Mapping[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.95}
-"""Smallest cosine similarity a floating-point output may have, by the precision asked for."""
+LIMITS: Mapping[Precision, Limits] = {
+    "fp32": SAME,
+    "fp16": Limits(min_cosine=0.999, min_sqnr_db=30.0, min_agreement=0.99),
+    "int8": Limits(min_cosine=0.95, min_sqnr_db=10.0, min_agreement=0.9),
+}
+"""What every output has to reach, by the precision asked for."""
 
 _HOW_TO_OPEN = "on the CPU open it with InferenceSession(..., disabled_optimizers=[NAME])"
-_MIN_AGREEMENT: Mapping[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
 _BATCH_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
 
 
@@ -56,13 +60,13 @@ def check(
     Raises:
         BuildError, QuantizationError: ONNX Runtime refuses the model or fails on a corner's inputs.
     """
-    minimum = settings.min_cosine if settings.min_cosine is not None else MIN_COSINE[precision]
-    limits = {
-        "min_cosine": minimum,
-        "min_agreement": _MIN_AGREEMENT[precision],
-        "min_sqnr_db": settings.min_sqnr_db,
-        "batch_tolerance": _BATCH_TOLERANCE[precision],
-    }
+    standard = LIMITS[precision]
+    limits = Limits(
+        min_cosine=settings.min_cosine if settings.min_cosine is not None else standard.min_cosine,
+        min_sqnr_db=settings.min_sqnr_db if settings.min_sqnr_db is not None else standard.min_sqnr_db,
+        min_agreement=standard.min_agreement,
+    )
+    tolerance = _BATCH_TOLERANCE[precision]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     warnings: list[str] = []
@@ -71,84 +75,26 @@ def check(
         disabled = optimizers_to_disable(path) if graph == ONNX_FILE else ()
         warnings.extend(f"{graph} makes ONNX Runtime crash in {name}: {_HOW_TO_OPEN}" for name in disabled)
         session = Session(path, disabled=disabled, optimization="all" if graph == ONNX_FILE else "none")
-        for corner in stored.corners:
-            actual = session.run(stored.feed(corner))
-            for name, expected in stored.expected(corner).items():
-                row = {"graph": graph, "corner": corner.name, "output": name, **compare(actual[name], expected)}
-                rows.append(row)
-                if problem := _problem(row, limits):
-                    failures.append(f"{graph}, output '{name}' at {corner.name}: {problem}")
+        for figures in against_reference(session, stored):
+            rows.append({"graph": graph, **figures})
+            if found := problem(figures, limits):
+                failures.append(f"{graph}, output '{figures['output']}' at {figures['corner']}: {found}")
         if settings.batch_invariance:
-            invariance[graph] = _batch_invariance(session, stored, limits)
+            invariance[graph] = _batch_invariance(session, stored, tolerance)
             failures += [f"{graph}, {failure}" for failure in invariance[graph].get("failures", [])]
     return {
         "runtime": "onnxruntime",
         "reference": stored.origin,
         "passed": not failures,
         "failures": failures,
-        "limits": limits,
+        "limits": {**asdict(limits), "batch_tolerance": tolerance},
         "outputs": rows,
         "batch_invariance": invariance,
         "warnings": warnings,
     }
 
 
-def compare(actual: Array, expected: Array) -> dict[str, Any]:
-    """Figures of one output: finite, shape_equal, cosine, sqnr_db, agreement, max_abs_error; None where undefined.
-
-    SQNR is 10 log10(sum expected^2 / sum (actual - expected)^2); an exact result has none (None).
-    """
-    figures: dict[str, Any] = {
-        "shape": list(actual.shape),
-        "shape_equal": actual.shape == expected.shape,
-        "finite": True,
-        "cosine": None,
-        "sqnr_db": None,
-        "agreement": None,
-        "max_abs_error": None,
-    }
-    if actual.shape != expected.shape:
-        return figures
-    if expected.dtype.kind != "f":
-        figures["agreement"] = float(np.mean(actual == expected)) if expected.size else 1.0
-        return figures
-    got, want = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    usable = np.isfinite(got) & np.isfinite(want)
-    figures["finite"] = bool(np.array_equal(got[~usable], want[~usable], equal_nan=True))
-    got, want = got[usable], want[usable]
-    figures["max_abs_error"] = float(np.max(np.abs(got - want), initial=0.0))
-    # The other figures do not depend on the unit, and squares of very large or small numbers would leave float64.
-    unit = float(max(np.max(np.abs(got), initial=0.0), np.max(np.abs(want), initial=0.0))) or 1.0
-    got, want = got / unit, want / unit
-    error = float(np.sum((got - want) ** 2))
-    power = float(np.sum(want**2))
-    norm = math.sqrt(power) * float(np.linalg.norm(got))
-    if norm > 0:
-        figures["cosine"] = min(1.0, float(got @ want) / norm)
-    elif error == 0:
-        figures["cosine"] = 1.0
-    else:
-        figures["cosine"] = 0.0
-    if error > 0 and power > 0:
-        figures["sqnr_db"] = 10 * math.log10(power / error)
-    return figures
-
-
-def _problem(row: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
-    if not row["shape_equal"]:
-        return f"has the shape {row['shape']}, the reference another"
-    if not row["finite"]:
-        return "has NaN or infinity in other places than the reference"
-    if row["cosine"] is not None and row["cosine"] < limits["min_cosine"]:
-        return f"cosine {row['cosine']:.5f} is below {limits['min_cosine']}"
-    if limits["min_sqnr_db"] is not None and row["sqnr_db"] is not None and row["sqnr_db"] < limits["min_sqnr_db"]:
-        return f"SQNR {row['sqnr_db']:.1f} dB is below {limits['min_sqnr_db']} dB"
-    if row["agreement"] is not None and row["agreement"] < limits["min_agreement"]:
-        return f"only {row['agreement']:.1%} of the values agree"
-    return ""
-
-
-def _batch_invariance(session: Session, stored: Reference, limits: Mapping[str, Any]) -> dict[str, Any]:
+def _batch_invariance(session: Session, stored: Reference, tolerance: float) -> dict[str, Any]:
     """Whether a sample's outputs depend on the samples beside it, where the original's do not."""
     name = reference.largest_batch(stored.corners, stored.profiles)
     if name is None:
@@ -167,7 +113,7 @@ def _batch_invariance(session: Session, stored: Reference, limits: Mapping[str, 
             scale = max(float(np.max(np.abs(in_batch), initial=0.0)), 1e-12)
             error = float(np.max(np.abs(alone[output].astype(np.float64) - in_batch), initial=0.0)) / scale
             worst = max(worst, error)
-            if not error <= limits["batch_tolerance"]:
+            if not error <= tolerance:
                 failures.append(
                     f"output '{output}': row {row} of a batch of {batch} differs from the row alone by {error:.1e}"
                 )

@@ -158,7 +158,7 @@ def test_a_folder_of_another_origin_is_refused_and_left_alone(tmp_path: Path, co
     for name, text in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    with pytest.raises(UsageError, match="is not a gpuopt bundle"):
+    with pytest.raises(UsageError, match="holds files that gpuopt did not write"):
         bundle.check_destination(folder)
     assert {str(p.relative_to(folder)): p.read_text() for p in list_files(folder)} == content
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

@@ -23,7 +23,7 @@ from gpuopt.worker import Worker
 # Python runs `sitecustomize` at its start, so that the worker, which knows nothing of tests, finds this stage.
 SITE = """
 import sys
-if sys.argv[0] == "-m":
+if sys.argv[0] == "-c":
     import gpuopt.stages
     gpuopt.stages.__path__.append({folder!r})
 """
@@ -89,7 +89,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "stages").mkdir(parents=True)
     (folder / "sitecustomize.py").write_text(SITE.format(folder=str(folder / "stages")))
     (folder / "stages" / "trial.py").write_text(STAGE)
-    monkeypatch.syspath_prepend(folder)
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), root]))
     return folder
 
 
@@ -280,7 +281,7 @@ def test_the_worker_dies_with_its_parent(stages: Path, tmp_path: Path) -> None:
     parent = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), str(stages)],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(stages), str(root)])},
         capture_output=True,
         text=True,
         check=False,

@@ -128,9 +128,3 @@ def counted(count: int) -> str:
 def label(path: Path) -> str:
     """The last part of a path, also of `.` and `..`."""
     return path.resolve().name or str(path)
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of a foreign error."""
-    text = str(error).strip().partition("\n")[0].rstrip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpuopt.calibration.readers.base import Inputs, RawSample, SampleReader, one_line
+from gpuopt.calibration.readers.base import Inputs, RawSample, SampleReader
 from gpuopt.calibration.readers.checks import Array, listed
-from gpuopt.errors import DataError
+from gpuopt.errors import DataError, described
 
 CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """How `package.module:callable` is written."""
@@ -37,7 +37,7 @@ class CallableReader(SampleReader):
             raise
         except Exception as error:
             raise DataError(
-                f"calibration data '{self._data}' failed at sample {index}: {one_line(error)}",
+                f"calibration data '{self._data}' failed at sample {index}: {described(error)}",
                 "Run the function by itself: it takes no argument and yields dicts of arrays.",
             ) from error
 
@@ -61,12 +61,12 @@ def _load_function(data: str) -> Callable[[], Iterable[Any]]:
     here = str(Path.cwd())
     if here not in sys.path:
         # It stays, for the function may import its neighbours only when it is called.
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise DataError(
-            f"calibration data '{data}': importing {module_name} failed: {one_line(error)}",
+            f"calibration data '{data}': importing {module_name} failed: {described(error)}",
             f"Run python -c 'import {module_name}' in {here}; if a path was meant, it does not exist.",
         ) from error
     function = getattr(module, name, None)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gpuopt.calibration.readers.base import Inputs, one_line, only_input
+from gpuopt.calibration.readers.base import Inputs, only_input
 from gpuopt.calibration.readers.checks import Array
 from gpuopt.calibration.readers.folders import FolderReader
-from gpuopt.errors import DataError, RequirementError, UsageError
+from gpuopt.errors import DataError, RequirementError, UsageError, described
 from gpuopt.shapes import TensorSpec, format_shape
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -130,7 +130,7 @@ class ImageFolder(FolderReader):
         except Exception as error:
             # Decoders fail on damaged bytes with whatever the format's parser happens to raise.
             raise DataError(
-                f"image {path} cannot be read: {one_line(error)}",
+                f"image {path} cannot be read: {described(error)}",
                 "Remove the file or save it again.",
             ) from error
         if self._resize is not None:

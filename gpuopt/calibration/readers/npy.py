@@ -15,9 +15,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy_format
 
-from gpuopt.calibration.readers.base import one_line
 from gpuopt.calibration.readers.checks import Array, check_dtype, full_shape
-from gpuopt.errors import DataError
+from gpuopt.errors import DataError, described
 from gpuopt.shapes import Shape, TensorSpec, format_shape
 
 NPY_START, NPZ_START = npy_format.MAGIC_PREFIX, b"PK"
@@ -65,7 +64,7 @@ def read_header(stream: IO[bytes], where: str) -> Header:
             raise ValueError(f"a negative size in shape {shape}")
     except Exception as error:
         # numpy evaluates the header as a literal, and damaged text fails in many ways.
-        raise DataError(f"{where} is not a readable .npy array: {one_line(error)}", DAMAGED_HINT) from error
+        raise DataError(f"{where} is not a readable .npy array: {described(error)}", DAMAGED_HINT) from error
     if dtype.hasobject:
         raise DataError(
             f"{where} holds Python objects, which only unpickling could read",
@@ -136,7 +135,7 @@ def map_file(path: Path) -> Array:
             return np.empty(header.shape, header.dtype)
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{path} is damaged: {one_line(error)}", DAMAGED_HINT) from error
+        raise DataError(f"{path} is damaged: {described(error)}", DAMAGED_HINT) from error
     return array
 
 

@@ -763,7 +763,7 @@ def test_callable_of_torch_tensors(module):
     ("text", "attribute", "words"),
     [
         ("import no_such_package", "f", "ModuleNotFoundError: No module named 'no_such_package'"),
-        ("raise ValueError('first\\nsecond')", "f", "importing {name} failed: ValueError: first\n"),
+        ("raise ValueError('first\\nsecond')", "f", "importing {name} failed: ValueError: first second\n"),
         ("import sys; sys.exit(3)", "f", "SystemExit: 3"),
         ("def samples(): pass", "sample", "Did you mean 'samples'?"),
         ("samples = [1]", "samples", "has no callable 'samples'"),

@@ -1,0 +1,119 @@
+"""How near one output is to another, and whether that is near enough: the same rule in every stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuopt.backends.onnxruntime import Session
+from gpuopt.reference import Reference
+
+Array = npt.NDArray[Any]
+
+NEGLIGIBLE_ERROR = 1e-6
+"""An absolute error that counts as none: outputs that ought to be zero have no meaningful ratio."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an output has to reach.
+
+    Attributes:
+        min_cosine: cosine similarity; blind to a wrong scale.
+        min_sqnr_db: 10 log10(signal power / error power); sees scale and offset.
+        min_agreement: share of equal values of outputs that are not floating point.
+    """
+
+    min_cosine: float
+    min_sqnr_db: float
+    min_agreement: float
+
+
+SAME = Limits(min_cosine=0.99999, min_sqnr_db=60.0, min_agreement=0.99)
+"""FP32 graphs that ought to compute the same: the order of summation differs, no more."""
+
+
+def compare(actual: Array, expected: Array) -> dict[str, Any]:
+    """Figures of one output.
+
+    Returns:
+        `shape`, `shape_equal`, `finite` (NaN and infinity stand where the reference has them),
+        `cosine`, `sqnr_db`, `max_abs_error` for floating-point outputs, `agreement` for others;
+        None where undefined: an exact result has no SQNR.
+    """
+    figures: dict[str, Any] = {
+        "shape": list(actual.shape),
+        "shape_equal": actual.shape == expected.shape,
+        "finite": True,
+        "cosine": None,
+        "sqnr_db": None,
+        "agreement": None,
+        "max_abs_error": None,
+    }
+    if actual.shape != expected.shape:
+        return figures
+    if expected.dtype.kind != "f":
+        figures["agreement"] = float(np.mean(actual == expected)) if expected.size else 1.0
+        return figures
+    got, want = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    usable = np.isfinite(got) & np.isfinite(want)
+    figures["finite"] = bool(np.array_equal(got[~usable], want[~usable], equal_nan=True))
+    got, want = got[usable], want[usable]
+    figures["max_abs_error"] = float(np.max(np.abs(got - want), initial=0.0))
+    # The other figures do not depend on the unit, and squares of very large or small numbers would leave float64.
+    unit = float(max(np.max(np.abs(got), initial=0.0), np.max(np.abs(want), initial=0.0))) or 1.0
+    got, want = got / unit, want / unit
+    error = float(np.sum((got - want) ** 2))
+    power = float(np.sum(want**2))
+    norm = math.sqrt(power) * float(np.linalg.norm(got))
+    if norm > 0:
+        figures["cosine"] = min(1.0, float(got @ want) / norm)
+    else:
+        figures["cosine"] = 1.0 if error == 0 else 0.0
+    if error > 0 and power > 0:
+        figures["sqnr_db"] = 10 * math.log10(power / error)
+    return figures
+
+
+def problem(figures: Mapping[str, Any], limits: Limits) -> str:
+    """Which limit the figures of `compare` miss, in words; empty if none."""
+    if not figures["shape_equal"]:
+        return f"has the shape {tuple(figures['shape'])}, the reference another"
+    if not figures["finite"]:
+        return "has NaN or infinity where the reference has other values"
+    agreement, cosine, sqnr = figures["agreement"], figures["cosine"], figures["sqnr_db"]
+    if agreement is not None:
+        return f"only {agreement:.1%} of the values agree" if agreement < limits.min_agreement else ""
+    if figures["max_abs_error"] <= NEGLIGIBLE_ERROR:
+        return ""
+    if cosine < limits.min_cosine:
+        return f"cosine {cosine:.5f} is below {limits.min_cosine}"
+    if sqnr is None or sqnr < limits.min_sqnr_db:
+        shown = "undefined" if sqnr is None else f"{sqnr:.1f} dB"
+        return f"SQNR {shown} is below {limits.min_sqnr_db:g} dB"
+    return ""
+
+
+def against_reference(session: Session, stored: Reference) -> Iterator[dict[str, Any]]:
+    """Figures of every output at every corner, with `corner` and `output`.
+
+    Raises:
+        QuantizationError: ONNX Runtime fails on a corner's inputs.
+    """
+    for corner in stored.corners:
+        actual = session.run(stored.feed(corner))
+        for name, expected in stored.expected(corner).items():
+            yield {"corner": corner.name, "output": name, **compare(actual[name], expected)}
+
+
+def first_difference(session: Session, stored: Reference, limits: Limits) -> str:
+    """The first output that misses a limit, in words; empty if none does."""
+    for row in against_reference(session, stored):
+        if found := problem(row, limits):
+            return f"output '{row['output']}' at {row['corner']}: {found}"
+    return ""
