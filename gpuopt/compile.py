@@ -168,7 +168,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
 
 _ACCURACY_HINT = (
     "See the report's accuracy table. For INT8: more or better calibration data, another calibrate.method,\n"
-    "or --precision fp16. A looser limit: --min-cosine."
+    "or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
 )
 
 

@@ -82,6 +82,9 @@ def resolve(
     given = _with_names(recipe.inputs, list(by_name) or list(sample) or list(parameters)[:1])
     names = list(by_name) or (list(sample) if set(given) <= set(sample) else list(given))
     _check_names(given, names, parameters, list(by_name))
+    if set(names) <= set(parameters):
+        # Exporters write the graph's inputs in forward's order.
+        names = [name for name in parameters if name in names]
     specs: list[TensorSpec] = []
     profile: dict[str, ShapeRange] = {}
     warnings = []

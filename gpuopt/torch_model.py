@@ -175,6 +175,7 @@ def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchMo
             script = torch.jit.load(str(path), map_location="cpu").eval()
             names = [a.name for a in script.forward.schema.arguments if a.name != "self"]
             return TorchModel(script, kind, tuple(names))
+        _search_current_folder()
         return _module(torch.load(path, map_location="cpu", weights_only=False), kind)
     except GpuoptError:
         raise
@@ -267,10 +268,15 @@ def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
         )
 
 
-def _call_factory(factory: str) -> Any:
-    module_name, _, function = factory.partition(":")
+def _search_current_folder() -> None:
+    """The user's code may lie there; behind everything installed, which it must not stand in for."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+
+
+def _call_factory(factory: str) -> Any:
+    module_name, _, function = factory.partition(":")
+    _search_current_folder()
     try:
         module = getattr(importlib.import_module(module_name), function)()
     except Exception as error:  # the user's code may raise anything

@@ -1,0 +1,314 @@
+"""Situations in which a compiler might hand out something wrong that looks right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from tests.conftest import Gpuopt, Run
+from tests.integration import small
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = "tests.integration.test_traps"
+
+
+class KeywordOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, *, values: Tensor) -> Tensor:
+        return self.layer(values)
+
+
+class Branch(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return values * 2 if values.sum() > 0 else values * 3
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.words(ids) * mask.unsqueeze(-1)
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layer(values).sum()
+
+
+class Text(nn.Module):
+    def forward(self, values: Tensor) -> dict[str, object]:
+        return {"values": values, "unit": "metres"}
+
+
+def keyword_only() -> nn.Module:
+    return KeywordOnly()
+
+
+def branch() -> nn.Module:
+    return Branch()
+
+
+def pair() -> nn.Module:
+    return Pair()
+
+
+def text() -> nn.Module:
+    return Text()
+
+
+def dropout() -> nn.Module:
+    class Stubborn(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return nn.functional.dropout(values, 0.5, training=True)
+
+    return Stubborn()
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+
+
+def compiled(gpuopt: Gpuopt, *arguments: object, cwd: Path = ROOT) -> Run:
+    return gpuopt("compile", *arguments, "-t", "onnxruntime", "--json", cwd=cwd)
+
+
+def export_cached(result: Run) -> bool:
+    assert result.code == 0, result.stderr
+    return next(bool(s["cached"]) for s in result.report()["stages"] if s["name"] == "export")
+
+
+def test_equal_names_in_two_folders_are_two_models(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    for folder, size in (("a", 16), ("b", 48)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mymodel.py").write_text(
+            f"from torch import nn\ndef make():\n    return nn.Linear(8, {size})\n"
+        )
+        result = compiled(gpuopt, "mymodel:make", "-p", "fp32", "-i", "input:2x8", cwd=tmp_path / folder)
+        assert result.code == 0, result.stderr
+        assert result.report()["verification"]["outputs"][0]["shape"] == [2, size]
+
+
+def test_weights_that_a_factory_reads_are_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    (tmp_path / "fac.py").write_text(
+        "import torch\ndef make():\n    m = torch.nn.Linear(8, 4)\n"
+        "    m.load_state_dict(torch.load('w.pth'))\n    return m\n"
+    )
+    arguments = ("fac:make", "-p", "fp32", "-i", "input:2x8")
+    torch.save(nn.Linear(8, 4).state_dict(), tmp_path / "w.pth")
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is False
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is True
+    torch.save(nn.Linear(8, 4).state_dict(), tmp_path / "w.pth")
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is False
+
+
+def test_the_code_of_a_trusted_pickle_is_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    code = "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return x * {}\n"
+    (tmp_path / "net.py").write_text(code.format(1))
+    script = "import torch, net; torch.save(net.Net(), 'model.pt')"
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    arguments = ("model.pt", "--trust-pickle", "-p", "fp32", "-i", "x:2x8")
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is False
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is True
+    (tmp_path / "net.py").write_text(code.format(100))
+    assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is False
+
+
+def test_external_data_is_part_of_the_key_and_stays_in_its_folder(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    def write(scale: float) -> None:
+        weight = numpy_helper.from_array(np.full((64, 64), scale, np.float32), "w")
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
+            [weight],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        (tmp_path / "weights.bin").unlink(missing_ok=True)
+        onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+    write(1.0)
+    arguments = (tmp_path / "model.onnx", "-p", "fp32")
+    assert export_cached(compiled(gpuopt, *arguments)) is False
+    assert export_cached(compiled(gpuopt, *arguments)) is True
+    write(3.0)
+    assert export_cached(compiled(gpuopt, *arguments)) is False
+    write(5.0)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "model.onnx").rename(tmp_path / "inner/model.onnx")
+    (tmp_path / "inner/weights.bin").symlink_to(tmp_path / "weights.bin")
+    result = compiled(gpuopt, tmp_path / "inner/model.onnx", "-p", "fp32")
+    assert result.code == 3
+    assert "leaves the model's folder" in result.report()["error"]["message"]
+
+
+def test_a_python_file_beside_the_model_is_not_run(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    for name in ("google", "random", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("from pathlib import Path\nPath('it-ran').touch()\n")
+    import subprocess
+    import sys
+
+    program = Path(sys.executable).with_name("gpuopt")
+    if not program.exists():
+        pytest.skip("gpuopt is not installed as a program here, and 'python -m' itself puts the folder first")
+    command = [str(program), "compile", str(model), "-p", "fp32", "-t", "onnxruntime"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_keyword_only_inputs(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    shapes = ("--min-shapes", "values:1x8", "--max-shapes", "values:4x8")
+    result = compiled(gpuopt, f"{HERE}:keyword_only", "-p", "fp32", *shapes, "-o", tmp_path / "b")
+    assert result.code == 0, result.stderr
+
+
+def test_inputs_are_bound_by_name_never_by_the_order_of_flags(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    arguments = (f"{HERE}:pair", "-p", "fp32", "-o", tmp_path / "b", "-i", "mask:1x8:int64")
+    swapped = compiled(gpuopt, *arguments, "-i", "ids:1x8:int64")
+    assert swapped.code == 0, swapped.stderr
+    model = onnx.load(str(tmp_path / "b/model.onnx"))
+    gather = next(node for node in model.graph.node if node.op_type == "Gather")
+    assert gather.input[1] == "ids"
+    wrong = compiled(gpuopt, *arguments, "-i", "idz:1x8:int64")
+    assert wrong.code == 2
+    assert "Did you mean 'ids'?" in wrong.stderr
+
+
+def test_a_branch_that_tracing_fixed_is_told(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    result = compiled(gpuopt, f"{HERE}:branch", "-p", "fp32", "-i", "values:2x8", "-o", tmp_path / "b")
+    assert result.code == 0, result.stderr
+    report = result.report()
+    assert any("made a constant of what depends on data" in warning for warning in report["warnings"])
+    assert report["stages"][1]["facts"]["attempts"][0]["reason"]
+
+
+def test_a_wrong_scale_is_no_pass(tmp_path: Path) -> None:
+    from gpuopt.comparison import compare, problem
+    from gpuopt.stages.verify import LIMITS
+
+    wanted = np.array([[3.0]], np.float32)
+    assert "SQNR" in problem(compare(wanted * 2, wanted), LIMITS["int8"])
+    assert problem(compare(wanted * 1.01, wanted), LIMITS["int8"]) == ""
+
+
+def test_random_layers_at_work_are_refused(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    result = compiled(gpuopt, f"{HERE}:dropout", "-p", "fp32", "-i", "values:2x64", "-o", tmp_path / "b")
+    assert result.code == 3
+    assert ".eval()" in result.stderr
+
+
+def test_what_is_no_tensor_cannot_be_an_output(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    result = compiled(gpuopt, f"{HERE}:text", "-p", "fp32", "-i", "values:2x8", "-o", tmp_path / "b")
+    assert result.code == 3
+    assert "forward returns str" in result.stderr
+
+
+def test_nothing_to_quantize_is_a_quantization_error(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    arguments = (f"{HERE}:tiny", "-i", "input:2x8", "--random-calibration", "-o", tmp_path / "b")
+    result = compiled(gpuopt, *arguments)
+    assert result.code == 6
+    assert "no node can be quantized" in result.stderr
+
+
+def test_a_quantized_graph_is_not_quantized_again(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    small.save_data(tmp_path / "calibration.npz")
+    assert compiled(gpuopt, model).code == 0
+    again = compiled(
+        gpuopt,
+        tmp_path / "model.gpuopt/model.onnx",
+        "-o",
+        tmp_path / "again",
+        "--random-calibration",
+        "--max-shapes",
+        "image:8x3x16x16",
+        "--min-shapes",
+        "image:1x3x16x16",
+    )
+    assert again.code == 6
+    assert "already" in again.stderr
+
+
+def test_the_output_cannot_be_the_current_folder(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    (tmp_path / "empty").mkdir()
+    result = compiled(gpuopt, model, "-p", "fp32", "-o", ".", cwd=tmp_path / "empty")
+    assert result.code == 2
+    assert (tmp_path / "empty").is_dir()
+
+
+def test_files_of_the_user_in_our_folders_stay(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    failed = tmp_path / "model.gpuopt.failed"
+    failed.mkdir()
+    (failed / "thesis.txt").write_text("years")
+    assert compiled(gpuopt, model, "-p", "fp32").code == 0
+    assert (failed / "thesis.txt").read_text() == "years"
+    (tmp_path / "model.gpuopt/NOTES.txt").write_text("mine")
+    assert compiled(gpuopt, model, "-p", "fp32").code == 2
+    assert (tmp_path / "model.gpuopt/NOTES.txt").read_text() == "mine"
+
+
+def test_random_calibration_ignores_the_data_beside_the_model(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    (tmp_path / "calibration.npz").write_text("not an archive")
+    result = compiled(gpuopt, model, "--random-calibration", "--calibration-samples", 4)
+    assert result.code == 0, result.stderr
+
+
+def test_an_inner_folder_that_is_renamed_is_other_data(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    from gpuopt.cache import Cache
+    from gpuopt.pipeline import Runner
+    from gpuopt.progress import Silent
+    from gpuopt.recipe import resolve
+
+    folder = tmp_path / "calibration"
+    for name in ("idz", "mask"):
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "0.npy", np.zeros((1, 4), np.int64))
+    tree = {"model": {"factory": "a:b"}, "calibrate": {"data": str(folder)}}
+    runner = Runner(resolve(tree), Cache(tmp_path / "cache"), Silent(), "run")
+    before = runner._data_fingerprint("calibrate")
+    (folder / "idz").rename(folder / "ids")
+    assert runner._data_fingerprint("calibrate") not in (None, before)
+
+
+def test_a_large_graph_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpuopt import onnx_model
+
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    # 2 GiB of weights do not fit a test; the limit is what makes the difference.
+    monkeypatch.setattr(onnx_model, "_MAX_PROTOBUF_BYTES", 1000)
+    for kind, data in (("onnx", "model.onnx.data"), ("engine_onnx", "engine.onnx.data")):
+        path = onnx_model.save(model, tmp_path / kind)
+        assert {p.name for p in path.parent.iterdir()} == {"model.onnx", data}
+        assert numpy_helper.to_array(model.graph.initializer[0]).sum() == 64 * 64
+        assert numpy_helper.to_array(onnx_model.load(path.parent).graph.initializer[0]).sum() == 64 * 64
