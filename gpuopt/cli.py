@@ -236,6 +236,8 @@ def _progress(quiet: bool) -> Progress:
 def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:
     from gpuopt.report import terminal
 
+    folder = Path(outcome.report.bundle)
+    shown = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:
@@ -243,10 +245,10 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
         _answered = True
         typer.echo(outcome.report.model_dump_json(indent=2))
     elif outcome.error is None and not quiet:
-        typer.echo(terminal.render(outcome.report))
+        typer.echo(terminal.render(outcome.report, shown))
     if outcome.error is not None:
         if not quiet and outcome.report.facts("export"):
-            typer.echo(f"report: {outcome.report.bundle}/report.md", err=True)
+            typer.echo(f"report: {shown}/report.md", err=True)
         raise outcome.error
 
 

@@ -8,8 +8,12 @@ from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Report
 
 
-def render(report: Report) -> str:
-    """A pure function of the report: what was made, how accurate it is, where it lies."""
+def render(report: Report, folder: str) -> str:
+    """A pure function of the report: what was made, how accurate it is, where it lies.
+
+    Args:
+        folder: the bundle's folder as the user would write it.
+    """
     lines = []
     for engine in report.engines:
         note = f": {engine.note}" if engine.note else ""
@@ -36,7 +40,7 @@ def render(report: Report) -> str:
             f"against {report.verification['reference']}"
         )
     if report.facts("export"):
-        lines.append(f"report       {report.bundle}/report.md")
+        lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)
 
 

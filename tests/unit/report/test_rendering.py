@@ -142,7 +142,7 @@ def failing() -> Report:
 
 
 REPORTS = {"passing": passing, "failing": failing}
-FORMS = {"md": markdown.render, "txt": lambda report: terminal.render(report) + "\n"}
+FORMS = {"md": markdown.render, "txt": lambda report: terminal.render(report, report.bundle) + "\n"}
 
 
 @pytest.mark.parametrize("form", FORMS)
