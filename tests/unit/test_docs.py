@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import click
 import pytest
 import typer.main
 import yaml
@@ -30,13 +29,14 @@ def test_every_flag_of_a_command_is_in_its_section(command: str) -> None:
     section = README.split(f"### `gpuopt {command}`")[1].split("\n### ")[0].split("\n## ")[0]
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
     for parameter in parameters:
-        if isinstance(parameter, click.Option) or parameter.param_type_name == "option":
+        if parameter.param_type_name == "option":
             flag = max(parameter.opts, key=len)
             assert f"`{flag}" in section, f"{flag} of gpuopt {command} is not documented"
 
 
 def test_the_table_of_exit_codes_is_the_program_s() -> None:
-    table = dict(re.findall(r"^\| (\d+) \| (\w+) \|", README, re.MULTILINE))
+    section = README.split("## Exit codes")[1].split("\n## ")[0]
+    table = dict(re.findall(r"^\| (\d+) \| (\w+) \|", section, re.MULTILINE))
     program = {str(kind.exit_code): kind.kind for kind in errors.KINDS}
     program |= {"0": "success", str(errors.INTERRUPTED_EXIT_CODE): "interrupted"}
     assert table == program
