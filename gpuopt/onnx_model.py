@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.errors import ModelError
-from gpuopt.shapes import DTYPES, Shape, TensorSpec
+from gpuopt.shapes import DTYPES, TensorSpec
 
 IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
@@ -271,13 +271,6 @@ def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes[index] for index in order)
     return model
-
-
-def fits(spec: TensorSpec, shape: Shape) -> bool:
-    """Whether a concrete shape agrees with every fixed dimension of a spec."""
-    return len(spec.shape) == len(shape) and all(
-        isinstance(size, str) or size == actual for size, actual in zip(spec.shape, shape, strict=True)
-    )
 
 
 def with_types(model: onnx.ModelProto) -> onnx.ModelProto:

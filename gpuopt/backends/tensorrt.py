@@ -14,15 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gpuopt.environment import install_hint
 from gpuopt.errors import BuildError, RequirementError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.shapes import Profile, format_shape
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-INSTALL = {
-    "tensorrt": "pip install 'gpuopt[tensorrt]' (and an NVIDIA GPU with its driver)",
-    "tensorrt-rtx": "pip install tensorrt-rtx-cu13 (x86-64 Linux)",
-}
 _OLDEST_MAJOR = 10
 _MOST_MESSAGES = 200
 
@@ -61,7 +58,8 @@ def import_module(target: str) -> ModuleType:
         module = importlib.import_module(MODULES[target])
     except ImportError as error:
         raise RequirementError(
-            f"target {target} needs the Python module '{MODULES[target]}': {error}", f"Install it: {INSTALL[target]}."
+            f"target {target} needs the Python module '{MODULES[target]}': {error}",
+            f"Install it: {install_hint(MODULES[target])}.",
         ) from error
     major = int(module.__version__.split(".")[0])
     if target == "tensorrt" and major < _OLDEST_MAJOR:
@@ -90,7 +88,7 @@ def build(
     log = _make_log(trt)
     builder = trt.Builder(log)
     if builder is None:
-        raise RequirementError(f"{target} finds no usable GPU driver", f"Install it: {INSTALL[target]}.")
+        raise RequirementError(f"{target} finds no usable GPU driver", f"Install it: {install_hint(MODULES[target])}.")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):

@@ -317,11 +317,6 @@ def test_saving_caps_the_ir_version_and_load_reads_it_back(tmp_path: Path) -> No
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((2, 3), True), ((9, 3), True), ((2, 4), False), ((2,), False)])
-def test_a_shape_fits_a_spec_in_its_fixed_dimensions(shape: tuple[int, ...], expected: bool) -> None:
-    assert onnx_model.fits(TensorSpec("x", "float32", ("batch", 3)), shape) is expected
-
-
 def test_types_are_inferred_and_float_tensors_known() -> None:
     model = model_of(
         [

@@ -37,7 +37,6 @@ __all__ = [
     "find_beside",
     "open_reader",
     "random_reader",
-    "sample_specs",
 ]
 
 
@@ -86,16 +85,6 @@ def find_beside(model: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return folder / "calibration" if (folder / "calibration").is_dir() else None
-
-
-def sample_specs(reader: SampleReader) -> list[TensorSpec]:
-    """Names, dtypes and concrete shapes of the first sample, for a model that does not state them.
-
-    Raises:
-        DataError: as iterating over the reader does.
-    """
-    feed = next(iter(reader))
-    return [TensorSpec(name, array.dtype.name, array.shape) for name, array in feed.items()]
 
 
 def _open_file(path: Path, inputs: Inputs, limit: int | None) -> SampleReader:

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gpuopt.calibration.readers import open_reader, sample_specs
+from gpuopt.calibration.readers import open_reader
 from gpuopt.calibration.readers.base import spread
 from gpuopt.errors import DataError, UsageError
 from gpuopt.shapes import TensorSpec
+from tests.unit.calibration.specs import sample_specs
 
 X = TensorSpec("x", "float32", ("N", 3))
 IDS = TensorSpec("ids", "int64", ("N",))

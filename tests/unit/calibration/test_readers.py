@@ -23,10 +23,10 @@ from gpuopt.calibration.readers import (
     find_beside,
     open_reader,
     random_reader,
-    sample_specs,
 )
 from gpuopt.errors import DataError, GpuoptError, RequirementError, UsageError
 from gpuopt.shapes import TensorSpec
+from tests.unit.calibration.specs import sample_specs
 
 X = TensorSpec("x", "float32", ("N", 3, 4))
 IDS = TensorSpec("ids", "int64", ("N", "S"))
