@@ -279,6 +279,10 @@ def _run() -> int:
         return int(code or 0)
     except BrokenPipeError:
         raise
+    except ModuleNotFoundError as error:
+        from gpuopt.environment import missing_module
+
+        return _report_error(missing_module(error, "gpuopt"))
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(str(error))
@@ -303,14 +307,12 @@ def _interrupt(signal_number: int, frame: object) -> None:
 
 
 def _report_error(error: GpuoptError) -> int:
-    from gpuopt.report.terminal import render_error
-
     if "--json" in sys.argv and not _answered:
         import json
 
         failure = {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps({"schema_version": 1, "status": "failed", "error": {**failure, "stage": None}}, indent=2))
-    typer.echo(render_error(error.kind, error.message, error.hint), err=True)
+    typer.echo(error.lines(), err=True)
     if _debug:
         import traceback
 

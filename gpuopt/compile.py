@@ -14,7 +14,7 @@ from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, StorageError
-from gpuopt.pipeline import Runner, check_request, model_sha256
+from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, resolve
 from gpuopt.report.markdown import render as render_markdown
@@ -86,10 +86,20 @@ def compile_model(
         explain: whether the progress lines say why each stage ran.
     """
     started = time.monotonic()
-    recipe = with_defaults(recipe)
+    asked = recipe
+    recipe = with_defaults(asked)
     destination = bundle_folder(recipe)
+    notes = []
+    if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
+        notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
+        progress.warn(notes[0])
     runner: Runner | None = None
     error: GpuoptError | None = None
+
+    def finished(failure: GpuoptError | None) -> Report:
+        report = _report(recipe, runner, failure, command, time.monotonic() - started)
+        return report.model_copy(update={"warnings": [*notes, *report.warnings]})
+
     try:
         bundle.check_destination(destination)
         check_request(recipe)
@@ -98,7 +108,7 @@ def compile_model(
         error = _verdict(runner)
     except GpuoptError as failure:
         error = failure
-    report = _report(recipe, runner, error, command, time.monotonic() - started)
+    report = finished(error)
     try:
         _write(destination if error is None else failed_folder(destination), recipe, runner, report)
         if error is None:
@@ -106,7 +116,7 @@ def compile_model(
     except GpuoptError as failure:
         if error is None:
             error = failure
-            report = _report(recipe, runner, error, command, time.monotonic() - started)
+            report = finished(error)
         else:
             progress.warn(f"the report was not written: {failure.message}")
     return Outcome(report, error)

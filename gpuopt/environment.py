@@ -171,6 +171,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def missing_module(error: ModuleNotFoundError, who: str) -> RequirementError:
+    """An import that failed, as a requirement with the command that meets it."""
+    module = (error.name or "").partition(".")[0]
+    return RequirementError(
+        f"{who} needs the Python package '{module}', which is not installed", f"Install it: {install_hint(module)}."
+    )
+
+
 def install_hint(module: str) -> str:
     """The command that installs a module's package."""
     return _INSTALL.get(module, f"pip install {module}")

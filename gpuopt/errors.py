@@ -44,6 +44,11 @@ class GpuoptError(Exception):
         self.details = ""
         """Traceback of the process that failed, for `--debug`."""
 
+    def lines(self) -> str:
+        """The error as stderr shows it: three lines at most."""
+        message = " ".join(self.message.split())
+        return "\n".join([f"gpuopt: {self.kind} error: {message}", *self.hint.splitlines()][:3])
+
 
 class UsageError(GpuoptError):
     """A flag, a recipe key or a combination of them is wrong."""

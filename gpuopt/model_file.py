@@ -415,7 +415,7 @@ def _guard_hazards(code: str) -> Iterator[str]:
 
 def _is_safe_in_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
-        return node.id in ("L", "torch", "math") or _SAFE_EXPRESSION_NAME.fullmatch(node.id) is not None
+        return node.id in ("L", "torch", "math", "max", "min") or _SAFE_EXPRESSION_NAME.fullmatch(node.id) is not None
     if isinstance(node, ast.Attribute):
         root = node.value.id if isinstance(node.value, ast.Name) else ""
         return _GUARD_ATTRIBUTES.get(root, _GUARD_ATTRIBUTES[""]).fullmatch(node.attr) is not None

@@ -172,11 +172,7 @@ def _failure(stage: str, error: Exception) -> GpuoptError:
     if isinstance(error, GpuoptError):
         return error
     if isinstance(error, ModuleNotFoundError):
-        module = (error.name or "").partition(".")[0]
-        return RequirementError(
-            f"{stage} needs the Python package '{module}', which is not installed",
-            f"Install it: {environment.install_hint(module)}.",
-        )
+        return environment.missing_module(error, stage)
     if isinstance(error, MemoryError):
         return RequirementError(f"{stage} ran out of memory", "Use smaller shapes or a larger machine.")
     if isinstance(error, OSError):

@@ -44,11 +44,6 @@ def render(report: Report, folder: str) -> str:
     return "\n".join(lines)
 
 
-def render_error(kind: str, message: str, hint: str) -> str:
-    """An error as stderr shows it: three lines at most."""
-    return "\n".join([f"gpuopt: {kind} error: {' '.join(message.split())}", *hint.splitlines()][:3])
-
-
 def render_facts(report: Report) -> str:
     """Everything the stages said, one indented JSON document a stage."""
     return "\n".join(

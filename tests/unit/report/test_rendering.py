@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuopt.errors import DataError
 from gpuopt.report import markdown, terminal
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 
@@ -172,7 +173,7 @@ def test_sizes_have_binary_units(size: int, shown: str) -> None:
 
 
 def test_an_error_takes_three_lines_at_most() -> None:
-    assert terminal.render_error("data", "what", "one\ntwo\nthree").splitlines() == [
+    assert DataError("what", "one\ntwo\nthree").lines().splitlines() == [
         "gpuopt: data error: what",
         "one",
         "two",
