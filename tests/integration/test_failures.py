@@ -129,6 +129,10 @@ def test_a_missing_package(gpuopt: Gpuopt, project: Path, tmp_path_factory: pyte
     doctor = gpuopt("doctor", "--json", env=env).report()
     state = {target["target"]: target["ready"] for target in doctor["targets"]}
     assert state["tensorrt-rtx"] is False
+    if not state["tensorrt"]:
+        left_open = gpuopt("compile", project / "model.pt", "--json", env=env)
+        assert left_open.code == 0, left_open.stderr
+        assert any("no engine is built" in warning for warning in left_open.report()["warnings"])
 
 
 def test_tensorrt_without_a_gpu_says_what_it_needs(gpuopt: Gpuopt, project: Path) -> None:
