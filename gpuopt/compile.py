@@ -16,7 +16,7 @@ from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, StorageError
 from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
 from gpuopt.progress import Progress
-from gpuopt.recipe import Recipe, resolve
+from gpuopt.recipe import Recipe, load, resolve
 from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 from gpuopt.storage import sha256_file, storage_errors
@@ -129,8 +129,6 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
         StorageError: the bundle is damaged.
         RequirementError: ONNX Runtime is missing.
     """
-    import yaml
-
     from gpuopt import reference
 
     started = time.monotonic()
@@ -138,8 +136,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     environment.require("onnxruntime", "verifying a bundle")
     from gpuopt.stages.verify import check
 
-    with storage_errors("read", folder / "recipe.yaml"):
-        recipe = resolve(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    recipe = resolve(load(folder / "recipe.yaml"))
     stored = reference.load(folder / "reference")
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
@@ -167,7 +164,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
                 for engine in before.engines
             ],
             "verification": result,
-            "warnings": [],
+            "warnings": result["warnings"],
             "environment": environment.describe(),
             "seconds": round(seconds, 3),
         }
