@@ -247,7 +247,7 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
     elif outcome.error is None and not quiet:
         typer.echo(terminal.render(outcome.report, shown))
     if outcome.error is not None:
-        if not quiet and outcome.report.facts("export"):
+        if not quiet and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
             typer.echo(f"report: {shown}/report.md", err=True)
         raise outcome.error
 
@@ -268,12 +268,12 @@ def _run() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = app(standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        # The parser turns Ctrl-C into this result.
+        return _interrupted() if result == INTERRUPTED_EXIT_CODE else int(result or 0)
     except GpuoptError as error:
         return _report_error(error)
     except KeyboardInterrupt:
-        typer.echo("gpuopt: interrupted; nothing half-written is left", err=True)
-        return INTERRUPTED_EXIT_CODE
+        return _interrupted()
     except SystemExit as exit_request:
         code: Any = exit_request.code
         return int(code or 0)
@@ -294,6 +294,21 @@ def _run() -> int:
         return _report_error(problem)
 
 
+def _interrupted() -> int:
+    _answer_json("interrupted", INTERRUPTED_EXIT_CODE, "interrupted", "")
+    typer.echo("gpuopt: interrupted; nothing half-written is left", err=True)
+    return INTERRUPTED_EXIT_CODE
+
+
+def _answer_json(kind: str, exit_code: int, message: str, hint: str) -> None:
+    """With `--json` there is one document on stdout however a run ends."""
+    if "--json" in sys.argv and not _answered:
+        import json
+
+        error = {"kind": kind, "exit_code": exit_code, "message": message, "hint": hint, "stage": None}
+        typer.echo(json.dumps({"schema_version": 1, "status": "failed", "error": error}, indent=2))
+
+
 def _usage_error(error: Any) -> UsageError:
     """The parser's complaint in our own form."""
     command = getattr(getattr(error, "ctx", None), "command_path", "gpuopt")
@@ -307,11 +322,7 @@ def _interrupt(signal_number: int, frame: object) -> None:
 
 
 def _report_error(error: GpuoptError) -> int:
-    if "--json" in sys.argv and not _answered:
-        import json
-
-        failure = {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "hint": error.hint}
-        typer.echo(json.dumps({"schema_version": 1, "status": "failed", "error": {**failure, "stage": None}}, indent=2))
+    _answer_json(error.kind, error.exit_code, error.message, error.hint)
     typer.echo(error.lines(), err=True)
     if _debug:
         import traceback

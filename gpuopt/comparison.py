@@ -92,7 +92,7 @@ def problem(figures: Mapping[str, Any], limits: Limits) -> str:
     if figures["max_abs_error"] <= NEGLIGIBLE_ERROR:
         return ""
     if cosine < limits.min_cosine:
-        return f"cosine {cosine:.5f} is below {limits.min_cosine}"
+        return f"cosine {cosine:.9g} is below {limits.min_cosine:.9g}"
     if sqnr is None or sqnr < limits.min_sqnr_db:
         shown = "undefined" if sqnr is None else f"{sqnr:.1f} dB"
         return f"SQNR {shown} is below {limits.min_sqnr_db:g} dB"

@@ -101,8 +101,8 @@ def compile_model(
         return report.model_copy(update={"warnings": [*notes, *report.warnings]})
 
     try:
-        bundle.check_destination(destination)
         check_request(recipe)
+        bundle.check_destination(destination)
         runner = Runner(recipe, cache, progress, str(destination), explain)
         runner.run()
         error = _verdict(runner)
@@ -110,9 +110,11 @@ def compile_model(
         error = failure
     report = finished(error)
     try:
-        _write(destination if error is None else failed_folder(destination), recipe, runner, report)
         if error is None:
+            _write(destination, recipe, runner, report)
             bundle.remove(failed_folder(destination))
+        elif runner is not None:
+            _write(failed_folder(destination), recipe, runner, report)
     except GpuoptError as failure:
         if error is None:
             error = failure

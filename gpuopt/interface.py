@@ -91,7 +91,7 @@ def resolve(
     for name in names:
         section = given.get(name, InputSection())
         model = by_name.get(name)
-        shapes = section.range()
+        shapes = _completed(section, model)
         if shapes and model and not model.admits(shapes):
             takes = f"{format_shape(model.range.min)} to {format_shape(model.range.max)}" if model.range else ""
             raise UsageError(
@@ -109,6 +109,10 @@ def resolve(
         if shapes is None and name in sample:
             size = tuple(int(n) for n in sample[name].shape)
             shapes = ShapeRange(size, size, size)
+            warnings.append(
+                f"the shape of '{name}' is that of one calibration sample, {format_shape(size)}, and no other: "
+                "--min-shapes and --max-shapes open it, for larger batches above all"
+            )
         if shapes is None:
             written = f" ({format_shape(model.spec.shape)})" if model else ""
             raise UsageError(
@@ -133,6 +137,18 @@ def resolve(
                     "Ask for shapes that the model takes, with the same number of dimensions in every profile.",
                 )
     return ResolvedInputs(tuple(_name_axes(spec, profiles) for spec in specs), profiles, tuple(warnings))
+
+
+def _completed(section: InputSection, model: StatedInput | None) -> ShapeRange | None:
+    """The section's shapes; a smallest or largest one that it leaves out is the model's own."""
+    given = section.range()
+    if given is None or model is None or model.range is None or section.shape is not None:
+        return given
+    low, high = section.min or model.range.min, section.max or model.range.max
+    if len({len(low), len(given.opt), len(high)}) != 1:
+        return given
+    opt = section.opt or high
+    return ShapeRange(low, opt, high)
 
 
 def with_model_names(samples: Sequence[reference.Feed], stated: Sequence[StatedInput]) -> list[reference.Feed]:

@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -67,10 +68,16 @@ class ModelSection(Section):
     path: str | None = Field(None, description="Model file; its kind is decided by its content.")
     factory: str | None = Field(
         None,
-        pattern=FACTORY_PATTERN,
         description="package.module:factory, called without arguments, returns an nn.Module.",
     )
     trust_pickle: bool = Field(False, description="Let a pickled file run the code it carries.")
+
+    @field_validator("factory")
+    @classmethod
+    def _module_and_function(cls, value: str | None) -> str | None:
+        if value is not None and not FACTORY_PATTERN.match(value):
+            raise ValueError("write package.module:function, as in myproject.networks:make")
+        return value
 
     @model_validator(mode="after")
     def _something_to_compile(self) -> ModelSection:

@@ -282,7 +282,7 @@ def _call_factory(factory: str) -> Any:
     except Exception as error:  # the user's code may raise anything
         raise ModelError(
             f"the factory {factory} fails: {described(error)}",
-            "It is called without arguments, from the current folder, and returns an nn.Module.",
+            "It is called without arguments and looked for in the current folder, PYTHONPATH and what is installed.",
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
@@ -351,7 +351,28 @@ def _module(module: Any, kind: ModelKind) -> TorchModel:
     )
 
 
+_TRAINING_ARGUMENT = {
+    "batch_norm": 5,
+    "_native_batch_norm_legit": 5,
+    "_native_batch_norm_legit_functional": 5,
+    "dropout": 2,
+}
+
+
+def _refuse_training_mode(program: Any) -> None:
+    """Dropout at work and batch statistics make a sample's result depend on chance and on its neighbours."""
+    for node in program.graph.nodes:
+        name = str(node.target).removeprefix("aten.").partition(".")[0]
+        place = _TRAINING_ARGUMENT.get(name)
+        if node.op == "call_function" and place is not None and len(node.args) > place and node.args[place] is True:
+            raise ModelError(
+                f"the program was exported in training mode: {name} at node '{node.name}'",
+                "Call .eval() on the model before torch.export.export, and save it again.",
+            )
+
+
 def _program(program: Any) -> TorchModel:
+    _refuse_training_mode(program)
     stated = []
     names = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:

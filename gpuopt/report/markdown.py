@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from gpuopt.report.model import Report
 
 _MOST_ROWS = 30
+_MOST_NAMES = 5
 
 
 def render(report: Report) -> str:
@@ -19,6 +19,7 @@ def render(report: Report) -> str:
         _error(report),
         _warnings(report),
         _engines(report),
+        _interface(report),
         _precision(report),
         _accuracy(report),
         _export(report),
@@ -73,6 +74,20 @@ def _engines(report: Report) -> str:
     return "## Engines\n\n" + table(("target", "file", "state", "size", "library"), rows)
 
 
+def _interface(report: Report) -> str:
+    facts = report.facts("export")
+    if "inputs" not in facts:
+        return ""
+    rows = [
+        (f"`{entry['name']}`", entry["dtype"], profile["min"], profile["opt"], profile["max"])
+        for entry in facts["inputs"]
+        for profile in entry["profiles"]
+    ]
+    outputs = [f"- output `{entry['name']}`: {entry['dtype']}, {entry['shape']}" for entry in facts["outputs"]]
+    head = ("input", "dtype", "smallest", "tuned for", "largest")
+    return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(outputs)])
+
+
 def _precision(report: Report) -> str:
     quantized, cast, calibrated = report.facts("quantize"), report.facts("cast"), report.facts("calibrate")
     lines = []
@@ -81,14 +96,14 @@ def _precision(report: Report) -> str:
             f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
             f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs)."
         )
-        reasons = Counter(entry["reason"] for entry in quantized["kept_in_floating_point"])
-        if reasons:
-            lines.append(table(("nodes left in floating point", "why"), [(n, r) for r, n in reasons.most_common()]))
+        left: dict[str, list[str]] = {}
+        for entry in quantized["kept_in_floating_point"]:
+            left.setdefault(entry["reason"], []).append(entry["node"])
+        rows = [(len(nodes), reason, _some(nodes)) for reason, nodes in left.items()]
+        if rows:
+            lines.append(table(("left in floating point", "why", "nodes"), sorted(rows, reverse=True)))
     if calibrated:
-        lines.append(
-            f"Calibration: {calibrated['method']}, {calibrated['samples']} samples from {calibrated['data']}, "
-            f"{calibrated['tensors']} tensors."
-        )
+        lines.append(f"Calibration: {calibrated['method']}, {calibrated['tensors']} tensors; {calibrated['data']}.")
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
         lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
@@ -116,7 +131,9 @@ def _accuracy(report: Report) -> str:
     batch = "\n".join(_invariance(graph, found) for graph, found in result["batch_invariance"].items())
     failures = "\n".join(f"- {failure}" for failure in result["failures"])
     title = f"## Accuracy in ONNX Runtime against {result['reference']}"
-    parts = [title, table(head, rows), batch, f"Limit: cosine at least {result['limits']['min_cosine']}.", failures]
+    limits = result["limits"]
+    limit = f"Limits: cosine at least {limits['min_cosine']}, SQNR at least {limits['min_sqnr_db']:g} dB."
+    parts = [title, table(head, rows), batch, limit, failures]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -171,6 +188,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _row(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:_MOST_NAMES])
+    return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 
 def _number(value: float | None, form: str) -> str:

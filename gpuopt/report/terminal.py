@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Report
@@ -20,6 +21,10 @@ def render(report: Report, folder: str) -> str:
         lines.append(
             f"{engine.target:<13}{engine.status:<9}{format_bytes(engine.size_bytes):>10}   {engine.file}{note}"
         )
+    for entry in report.facts("export").get("inputs", []):
+        for profile in entry["profiles"]:
+            sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
+            lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")
     quantized = report.facts("quantize")
     if quantized:
         lines.append(f"INT8         {quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes")
@@ -29,7 +34,7 @@ def render(report: Report, folder: str) -> str:
         corners = {row["corner"] for row in report.verification["outputs"]}
         figures = []
         if cosines:
-            figures.append(f"cosine {min(cosines):.5f}")
+            figures.append(f"cosine {math.floor(min(cosines) * 1e5) / 1e5:.5f}")
         if sqnrs:
             figures.append(f"SQNR {min(sqnrs):.1f} dB")
         invariance = report.verification["batch_invariance"].values()

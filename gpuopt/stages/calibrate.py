@@ -12,6 +12,7 @@ from gpuopt.artifact import StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import ranges
 from gpuopt.calibration.collectors import RangeCollector
+from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.errors import DataError, QuantizationError
 from gpuopt.stages.context import StageContext
@@ -64,6 +65,8 @@ def run(context: StageContext) -> StageOutcome:
     about = {"method": settings.method, "samples": count, "data": reader.description}
     ranges.save(context.made("ranges") / ranges.RANGES_FILE, ordered, about)
     warnings = []
+    if isinstance(reader, ImageFolder) and settings.images is None:
+        warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
     if settings.random:
         warnings.append("INT8 ranges come from random data: a smoke test, not a release")
     elif count < _FEW_SAMPLES:

@@ -19,11 +19,12 @@ from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
 from gpuopt.recipe import Recipe
 from gpuopt.reference import Interface, Reference
-from gpuopt.shapes import ShapeRange, TensorSpec
+from gpuopt.shapes import ShapeRange, TensorSpec, format_shape
 from gpuopt.stages import samples
 from gpuopt.stages.context import StageContext
 
 TORCHSCRIPT_MAX_OPSET = 20
+_GENERATED = "The inputs were generated: give --calibration-data, or recipe keys inputs.NAME.low and high."
 DYNAMO_MIN_OPSET = 18
 
 
@@ -81,12 +82,13 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             raise
         except Exception as error:  # the user's model may raise anything
             shapes = ", ".join(f"{n} {tuple(v.shape)} {v.dtype}" for n, v in first.items())
+            takes = ", ".join(loaded.parameters) or "unnamed inputs"
             raise ExportError(
                 f"the PyTorch model fails on {shapes}: {one_line(error)}",
-                "Check --input names, shapes and dtypes; forward takes: "
-                + (", ".join(loaded.parameters) or "unnamed inputs")
-                + ".",
+                f"Check --input names, shapes and dtypes; forward takes {takes}."
+                + ("" if feeds else f"\n{_GENERATED}"),
             ) from error
+    warnings.extend(_entangled(stored))
     folder = context.made("onnx")
     attempts = []
     for exporter in _order(recipe, loaded):
@@ -97,8 +99,11 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     if attempts[-1].reason:
         raise ExportError(
             f"no exporter gave a graph equal to the model: {attempts[-1].exporter}: {attempts[-1].reason}",
-            "; ".join(f"{a.exporter}: {a.reason}" for a in attempts[:-1])[:600]
-            or "Try another --set export.exporters or --set export.opset.",
+            (
+                one_line("; ".join(f"{a.exporter}: {a.reason}" for a in attempts[:-1]))
+                or "Try --set export.exporters=..."
+            )
+            + ("" if feeds else f"\n{_GENERATED}"),
         )
     warnings.extend(
         f"the {attempts[-1].exporter} exporter made a constant of what depends on data: {line}"
@@ -113,9 +118,36 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
         "attempts": [{"exporter": a.exporter, "reason": a.reason} for a in attempts],
         "opset": opset,
         "ir_version": onnx_model.IR_VERSION,
+        **_interface_facts(stored),
     }
     dependencies = {*torch_model.user_files(known), *loaded.files_read}
     return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
+
+
+def _entangled(stored: Reference) -> list[str]:
+    """Outputs whose rows depend on the other rows of the batch in the original model itself."""
+    if reference.largest_batch(stored.corners, stored.profiles) is None:
+        return []
+    names = [s.name for s in stored.outputs if s.shape[:1] == ("batch",) and s.name not in stored.batched_outputs]
+    return [f"in {stored.origin}, '{name}' of a sample depends on the other samples of its batch" for name in names]
+
+
+def _interface_facts(stored: Reference) -> dict[str, Any]:
+    """Names, dtypes and shapes, for the report."""
+    return {
+        "inputs": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "profiles": [
+                    {part: format_shape(getattr(profile[spec.name], part)) for part in ("min", "opt", "max")}
+                    for profile in stored.profiles
+                ],
+            }
+            for spec in stored.inputs
+        ],
+        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": format_shape(s.shape)} for s in stored.outputs],
+    }
 
 
 def _check_repeatable(loaded: Any, names: Sequence[str], feed: reference.Feed) -> None:
@@ -243,7 +275,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         raise ExportError(f"{source} is not valid ONNX: {one_line(error)}", "Export the model again.") from error
     session = Session(path)
     outputs = tuple(spec.name for spec in onnx_model.output_specs(model))
-    reference.record(
+    stored = reference.record(
         context.made("reference"),
         Interface(resolved.inputs, outputs, resolved.profiles),
         lambda feed: list(session.run(feed).values()),
@@ -256,6 +288,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         "attempts": [],
         "opset": onnx_model.opset(model),
         "ir_version": onnx_model.IR_VERSION,
+        **_interface_facts(stored),
     }
     return StageOutcome(facts, tuple(warnings))
 

@@ -72,6 +72,7 @@ def run(context: StageContext) -> StageOutcome:
         "format": recipe.quantize.format,
         "quantized_nodes": len(chosen),
         "candidate_nodes": len(decisions),
+        "quantized": [decision.node for decision in chosen],
         "kept_in_floating_point": [
             {"node": d.node, "op_type": d.op_type, "reason": d.reason} for d in decisions if not d.quantized
         ],

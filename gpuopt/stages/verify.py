@@ -98,7 +98,7 @@ def _batch_invariance(session: Session, stored: Reference, tolerance: float) -> 
     """Whether a sample's outputs depend on the samples beside it, where the original's do not."""
     name = reference.largest_batch(stored.corners, stored.profiles)
     if name is None:
-        return {"checked": False, "reason": "the batch is fixed"}
+        return {"checked": False, "reason": "the shapes have one batch size"}
     if not stored.batched_outputs:
         return {"checked": False, "reason": f"in {stored.origin} too, outputs depend on the whole batch"}
     corner = next(c for c in stored.corners if c.name == name)

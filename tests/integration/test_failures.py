@@ -39,18 +39,19 @@ def test_a_truncated_model(share: float, gpuopt: Gpuopt, project: Path) -> None:
     model = project / "model.pt"
     data = model.read_bytes()
     model.write_bytes(data[: int(len(data) * share)])
-    result = gpuopt("compile", model)
+    result = gpuopt("compile", model, "--json")
     assert result.code == 3
     assert "truncated or damaged" in result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 4
-    assert leftovers(project) == {"model.gpuopt.failed"}
-    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert len(result.stderr.strip().splitlines()) <= 3
+    assert leftovers(project) == set(), "no stage ran, so there is nothing to report on disk"
+    report = result.report()
     assert (report["status"], report["error"]["kind"], report["error"]["exit_code"]) == ("failed", "model", 3)
 
 
 def test_a_missing_model(gpuopt: Gpuopt, tmp_path: Path) -> None:
-    result = gpuopt("compile", tmp_path / "model.pt", "-p", "fp16")
+    result = gpuopt("compile", tmp_path / "folder/model.pt", "-p", "fp16")
     assert result.code == 10
+    assert not (tmp_path / "folder").exists()
     assert "No such file" in result.stderr
 
 
@@ -69,6 +70,9 @@ def test_calibration_data_of_a_wrong_shape(gpuopt: Gpuopt, project: Path) -> Non
     assert result.code == 4
     assert "image" in result.stderr
     assert leftovers(project) == {"model.gpuopt.failed"}
+    assert f"report: {project}/model.gpuopt.failed/report.md" in result.stderr
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["error"]["kind"], report["error"]["exit_code"]) == ("failed", "data", 4)
 
 
 def test_nan_in_the_calibration_data(gpuopt: Gpuopt, project: Path) -> None:
@@ -220,6 +224,7 @@ def test_a_killed_run_leaves_nothing_half_written(
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130
+        assert "interrupted" in stderr
         assert "Traceback" not in stderr
     assert not (project / "model.gpuopt").exists()
     again = gpuopt("compile", project / "model.pt", "-t", "onnxruntime", env={"GPUOPT_CACHE_DIR": str(cache)})

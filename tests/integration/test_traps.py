@@ -312,3 +312,29 @@ def test_a_large_graph_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: 
         assert {p.name for p in path.parent.iterdir()} == {"model.onnx", data}
         assert numpy_helper.to_array(model.graph.initializer[0]).sum() == 64 * 64
         assert numpy_helper.to_array(onnx_model.load(path.parent).graph.initializer[0]).sum() == 64 * 64
+
+
+def test_a_program_in_training_mode_is_refused(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
+    program = torch.export.export(model, (torch.randn(4, 3, 8, 8),))
+    with (tmp_path / "model.pt").open("wb") as stream:
+        torch.export.save(program, stream)
+    result = compiled(gpuopt, tmp_path / "model.pt", "-p", "fp32")
+    assert result.code == 3
+    assert "Call .eval()" in result.stderr
+
+
+def test_shapes_that_are_left_out_are_the_program_s_own(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("exported program", tmp_path / "model.pt")
+    result = compiled(gpuopt, model, "-p", "fp32", "--opt-shapes", "image:4x3x16x16")
+    assert result.code == 0, result.stderr
+    (entry,) = result.report()["stages"][1]["facts"]["inputs"]
+    assert entry["profiles"] == [{"min": "1x3x16x16", "opt": "4x3x16x16", "max": "8x3x16x16"}]
+
+
+def test_a_shape_taken_from_one_sample_is_told(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    model = small.save("state dict", tmp_path / "model.pt")
+    small.save_data(tmp_path / "calibration.npz")
+    result = compiled(gpuopt, model, "--model", "tests.integration.small:small_net", "-p", "fp32")
+    assert result.code == 0, result.stderr
+    assert any("1x3x16x16, and no other" in warning for warning in result.report()["warnings"])

@@ -115,6 +115,14 @@ class ImageFolder(FolderReader):
                 f"the model does not state the height and width to which images of {folder} are cropped",
                 "Give the image options resize and crop, for example resize 256 and crop 224.",
             )
+        self.description += f"; {self._preparation()}"
+
+    def _preparation(self) -> str:
+        """What is done to an image, in words for the report."""
+        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in self._options.statistics())
+        steps = [f"shorter side {self._resize}" if self._resize else "", f"crop {self._crop}" if self._crop else ""]
+        steps += [f"scale {self._options.scale:.6g}", f"mean ({mean})", f"std ({std})"]
+        return ", ".join(step for step in steps if step)
 
     def _load(self, row: tuple[Path, ...]) -> Mapping[str, Array]:
         """One image as float32, 1 x C x H x W or 1 x H x W x C."""

@@ -57,6 +57,14 @@ def passing() -> Report:
             ],
             "opset": 20,
             "ir_version": 10,
+            "inputs": [
+                {
+                    "name": "image",
+                    "dtype": "float32",
+                    "profiles": [{"min": "1x3x8x8", "opt": "4x3x8x8", "max": "8x3x8x8"}],
+                }
+            ],
+            "outputs": [{"name": "logits", "dtype": "float32", "shape": "batchx10"}],
         },
         "calibrate": {"method": "entropy", "samples": 256, "data": "npz calibration.npz, 256 samples", "tensors": 9},
         "quantize": {
@@ -67,6 +75,7 @@ def passing() -> Report:
                 {"node": "stem", "op_type": "Conv", "reason": "1 channels on a side, fewer than 16"},
                 {"node": "head", "op_type": "Gemm", "reason": "10 channels on a side, fewer than 16"},
             ],
+            "quantized": ["conv1", "conv2"],
             "qdq_pairs": 12,
             "scales_rounded_to_fp16": 12,
         },
