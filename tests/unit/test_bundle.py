@@ -202,7 +202,7 @@ def test_the_old_bundle_survives_a_full_disk(
     elif where == "fsync":
         monkeypatch.setattr(os, "fsync", refuse)
     else:
-        monkeypatch.setattr(os, "replace", refuse)
+        monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(StorageError, match="No space left") as caught:
         bundle.write(made, {**sources, "new": sources["model.onnx"]}, {"r": "x"}, {})
     monkeypatch.undo()

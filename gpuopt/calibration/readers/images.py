@@ -120,7 +120,10 @@ class ImageFolder(FolderReader):
     def _preparation(self) -> str:
         """What is done to an image, in words for the report."""
         mean, std = (", ".join(f"{value:.3g}" for value in values) for values in self._options.statistics())
-        steps = [f"shorter side {self._resize}" if self._resize else "", f"crop {self._crop}" if self._crop else ""]
+        steps = [
+            f"shorter side {self._resize}" if self._resize else "",
+            f"crop {format_shape(self._crop)}" if self._crop else "",
+        ]
         steps += [f"scale {self._options.scale:.6g}", f"mean ({mean})", f"std ({std})"]
         return ", ".join(step for step in steps if step)
 

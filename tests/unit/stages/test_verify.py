@@ -239,7 +239,7 @@ def test_a_low_cosine_fails_at_the_limit_of_the_precision_or_the_users(tmp_path:
     assert outcomes == {"fp32": False, "fp16": False, "int8": True}
     assert check({"model.onnx": noisy}, found, VerifySection(min_cosine=0.5, min_sqnr_db=0), "fp32")["passed"]
     strict = check({"model.onnx": noisy}, found, VerifySection(min_cosine=1.0), "int8")
-    assert "is below 1.0" in strict["failures"][0]
+    assert "is below 1" in strict["failures"][0]
     loud = check({"model.onnx": noisy}, found, VerifySection(min_sqnr_db=60), "int8")
     assert "dB is below 60" in loud["failures"][0]
 
@@ -276,7 +276,7 @@ def test_invariance_is_checked_only_where_it_can_be(tmp_path: Path) -> None:
     off = check({"model.onnx": path}, stored(tmp_path / "a"), VerifySection(batch_invariance=False), "int8")
     assert off["batch_invariance"] == {}
     fixed = check({"model.onnx": path}, stored(tmp_path / "b", low=2), VerifySection(), "int8")
-    assert fixed["batch_invariance"]["model.onnx"] == {"checked": False, "reason": "the batch is fixed"}
+    assert fixed["batch_invariance"]["model.onnx"] == {"checked": False, "reason": "the shapes have one batch size"}
     mean = graph(
         tmp_path / "mean.onnx",
         node("ReduceMean", "x", "axes", "m", keepdims=1),
