@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpuopt import reference
-from gpuopt.errors import UsageError
+from gpuopt.errors import DataError, UsageError
 from gpuopt.recipe import InputSection, Recipe
 from gpuopt.shapes import Profile, ShapeRange, TensorSpec, corners, format_shape
 
@@ -76,6 +76,7 @@ def resolve(
 
     Raises:
         UsageError: a shape is known from nowhere, or contradicts the model.
+        DataError: a sample contradicts the shapes.
     """
     by_name = {s.spec.name: s for s in stated}
     sample = samples[0] if samples else {}
@@ -119,6 +120,7 @@ def resolve(
                 f"the shape of input '{name}'{written} is open",
                 f"Give it: --input {name}:1x3x224x224, or --min-shapes / --opt-shapes / --max-shapes.",
             )
+        _check_sample(name, sample.get(name), shapes)
         specs.append(TensorSpec(name, _dtype(section, model, sample.get(name)), shapes.opt))
         profile[name] = shapes
     profiles = (profile, *recipe.extra_profiles())
@@ -137,6 +139,19 @@ def resolve(
                     "Ask for shapes that the model takes, with the same number of dimensions in every profile.",
                 )
     return ResolvedInputs(tuple(_name_axes(spec, profiles) for spec in specs), profiles, tuple(warnings))
+
+
+def _check_sample(name: str, sample: reference.Array | None, shapes: ShapeRange) -> None:
+    """Tell of data that cannot fit before an export that may take minutes; the batch axis is free."""
+    if sample is None or sample.ndim != len(shapes.min):
+        return
+    for axis in range(1, sample.ndim):
+        if axis not in shapes.dynamic_axes and sample.shape[axis] != shapes.min[axis]:
+            seen, wanted = format_shape(sample.shape), format_shape(shapes.opt)
+            raise DataError(
+                f"a calibration sample of '{name}' is {seen}, the input {wanted}",
+                "Prepare the data as the model takes it, or give the shapes that the data has.",
+            )
 
 
 def _completed(section: InputSection, model: StatedInput | None) -> ShapeRange | None:

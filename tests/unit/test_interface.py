@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpuopt import recipe
-from gpuopt.errors import UsageError
+from gpuopt.errors import DataError, UsageError
 from gpuopt.interface import ResolvedInputs, StatedInput, corner_feeds, dynamic_axes, resolve, with_model_names
 from gpuopt.shapes import ShapeRange, TensorSpec
 
@@ -224,3 +224,11 @@ def test_feeds_take_the_samples_where_there_are_some() -> None:
     samples = [{"x": np.full((1, 3), 9, np.float32)}]
     feeds = corner_feeds(chosen, resolve(chosen, (), (), samples), samples)
     assert all(np.all(feed["x"] == 9) for feed in feeds.values())
+
+
+def test_a_sample_that_cannot_fit_is_told_before_the_export() -> None:
+    samples = [{"x": np.zeros((1, 3, 9, 8), np.float32)}]
+    inputs = {"x": {"min": "1x3x8x8", "max": "4x3x8x16"}}
+    with pytest.raises(DataError, match="a calibration sample of 'x' is 1x3x9x8, the input 4x3x8x16"):
+        resolved(inputs, samples=samples)
+    assert resolved(inputs, samples=[{"x": np.zeros((1, 3, 8, 99), np.float32)}]).profiles, "a dynamic axis is cut"
