@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ def with_defaults(recipe: Recipe) -> Recipe:
         targets = ("onnxruntime",) if only_here else environment.default_targets()  # type: ignore[assignment]
     elif "onnxruntime" not in targets:
         targets = (*targets, "onnxruntime")
-    tree = recipe.model_dump(mode="json", exclude_unset=False)
-    tree["build"] = {**recipe.build.model_dump(mode="json"), "target": list(dict.fromkeys(targets))}
-    tree["calibrate"] = {**recipe.calibrate.model_dump(mode="json"), "data": data}
-    tree["output"] = {"directory": str(bundle_folder(recipe).absolute())}
+    tree = recipe.model_dump(mode="json")
+    tree["build"]["target"] = list(dict.fromkeys(targets))
+    tree["calibrate"]["data"] = data
+    tree["output"]["directory"] = str(bundle_folder(recipe).absolute())
     if recipe.model.path:
-        tree["model"] = {**recipe.model.model_dump(mode="json"), "path": str(Path(recipe.model.path).absolute())}
+        tree["model"]["path"] = str(Path(recipe.model.path).absolute())
     return resolve(tree)
 
 
@@ -181,8 +181,13 @@ _ACCURACY_HINT = (
 )
 
 
+def _verification(runner: Runner) -> Mapping[str, Any] | None:
+    """What the verify stage found; None if it did not run."""
+    return next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
+
+
 def _verdict(runner: Runner) -> GpuoptError | None:
-    verification = next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
+    verification = _verification(runner)
     if verification is None or verification["passed"]:
         return None
     failures = verification["failures"]
@@ -239,7 +244,7 @@ def _report(
 
 def _engines(runner: Runner) -> list[EngineReport]:
     engines = []
-    verification = next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
+    verification = _verification(runner)
     for result in runner.results:
         if result.step.stage.name != "build":
             continue

@@ -188,7 +188,9 @@ class Runner:
                         _remove(leftover)
             if "model" in step.stage.sources and _runs_user_code(self.recipe.model):
                 self.cache.remember("sources", _code_name(self.recipe.model), list(outcome.dependencies))
-            parts = self._parts(step) or {"stage": step.label, "content": folder_sha256(staged)}
+                # Which files the code is made of is known only now.
+                parts = self._parts(step)
+            parts = parts or {"stage": step.label, "content": folder_sha256(staged)}
             record = {"facts": dict(outcome.facts), "warnings": list(outcome.warnings), "seconds": round(seconds, 3)}
             entry = self.cache.store(parts, staged, record)
         self._key_parts[step.label] = parts

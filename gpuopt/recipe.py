@@ -34,7 +34,6 @@ MAX_RECIPE_BYTES = 1 << 20
 FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 Target = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
-TARGETS: tuple[Target, ...] = typing.get_args(Target)
 Precision = Literal["int8", "fp16", "fp32"]
 
 

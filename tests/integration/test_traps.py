@@ -83,6 +83,19 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU())
 
 
+def product_with(value: float) -> onnx.ModelProto:
+    """A graph that multiplies with a 64x64 weight full of one value."""
+    weight = numpy_helper.from_array(np.full((64, 64), value, np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
+        [weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
 def compiled(gpuopt: Gpuopt, *arguments: object, cwd: Path = ROOT) -> Run:
     return gpuopt("compile", *arguments, "-t", "onnxruntime", "--json", cwd=cwd)
 
@@ -133,15 +146,7 @@ def test_the_code_of_a_trusted_pickle_is_part_of_the_key(gpuopt: Gpuopt, tmp_pat
 
 def test_external_data_is_part_of_the_key_and_stays_in_its_folder(gpuopt: Gpuopt, tmp_path: Path) -> None:
     def write(scale: float) -> None:
-        weight = numpy_helper.from_array(np.full((64, 64), scale, np.float32), "w")
-        graph = helper.make_graph(
-            [helper.make_node("MatMul", ["x", "w"], ["y"])],
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
-            [weight],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        model = product_with(scale)
         (tmp_path / "weights.bin").unlink(missing_ok=True)
         onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
 
@@ -296,15 +301,7 @@ def test_an_inner_folder_that_is_renamed_is_other_data(gpuopt: Gpuopt, tmp_path:
 def test_a_large_graph_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpuopt import onnx_model
 
-    weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64])],
-        [weight],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = product_with(1.0)
     # 2 GiB of weights do not fit a test; the limit is what makes the difference.
     monkeypatch.setattr(onnx_model, "_MAX_PROTOBUF_BYTES", 1000)
     for kind, data in (("onnx", "model.onnx.data"), ("engine_onnx", "engine.onnx.data")):
