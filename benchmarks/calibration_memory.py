@@ -69,10 +69,11 @@ def calibrate(model: Path, data: Path) -> None:
     """Collectors over every convolution's input, as the calibrate stage has them."""
     import onnx
 
-    from gpuopt import onnx_model, placement
+    from gpuopt import onnx_model
     from gpuopt.backends.onnxruntime import Session
     from gpuopt.calibration.collectors import RangeCollector
     from gpuopt.calibration.readers import open_reader
+    from gpuopt.quantization import placement
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(str(model)))
     watched = [name for name in placement.candidate_tensors(graph) if name != "image"]

@@ -115,8 +115,12 @@ class StepResult:
     reason: str
 
 
-def plan(recipe: Recipe) -> list[Step]:
-    """The steps of a run, in order; engine targets must be resolved (`build.target` not empty)."""
+def plan(recipe: Recipe, until: str | None = None) -> list[Step]:
+    """The steps of a run, in order; engine targets must be resolved (`build.target` not empty).
+
+    Args:
+        until: name of the last stage; None: all of them.
+    """
     steps: list[Step] = []
     for stage in STAGES:
         if not stage.applies(recipe):
@@ -125,6 +129,8 @@ def plan(recipe: Recipe) -> list[Step]:
             steps.extend(Step(stage, target) for target in recipe.build.target if target != "onnxruntime")
         else:
             steps.append(Step(stage))
+        if stage.name == until:
+            break
     return steps
 
 
@@ -143,15 +149,15 @@ class Runner:
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
-    def run(self) -> None:
-        """Run every step.
+    def run(self, until: str | None = None) -> None:
+        """Run every step up to and with the stage `until`, by default all.
 
         Raises:
             GpuoptError: of the step that failed; `at_work` names it.
         """
         try:
             with Worker() as worker:
-                steps = plan(self.recipe)
+                steps = plan(self.recipe, until)
                 for number, step in enumerate(steps, 1):
                     self.at_work = step
                     with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):

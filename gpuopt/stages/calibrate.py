@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 
-import onnx
-
-from gpuopt import onnx_model, placement
+from gpuopt import onnx_model
 from gpuopt.artifact import StageOutcome
-from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import ranges
 from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
+from gpuopt.calibration.run import calibrate
 from gpuopt.errors import DataError, QuantizationError
+from gpuopt.quantization import placement
 from gpuopt.stages.context import StageContext
 
 _FEW_SAMPLES = 32
@@ -37,33 +36,27 @@ def run(context: StageContext) -> StageOutcome:
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
     tensors = [name for name in placement.candidate_tensors(model, with_outputs) if name in known]
-    inputs = {spec.name for spec in specs}
-    watched = [name for name in tensors if name not in inputs]
-    session = _watching_session(model, watched, context)
     reader = open_for_model(context, specs)
-    collector = RangeCollector(settings.method, settings.percentile)
+    total = settings.samples if reader.total is None else min(reader.total, settings.samples)
     count, started = 0, time.monotonic()
-    for feed in itertools.islice(reader, settings.samples):
-        values = session.run(feed, watched)
-        values.update({name: feed[name] for name in tensors if name in inputs})
-        for name in tensors:
-            try:
-                collector.update(name, values[name])
-            except DataError as error:
-                raise QuantizationError(
-                    f"the FP32 graph gives NaN or infinity in '{name}' on sample {count}",
-                    "Check that the calibration data is scaled as in training.",
-                ) from error
-        count += 1
-        context.progress.advance(
-            count, settings.samples if reader.total is None else min(reader.total, settings.samples)
-        )
+
+    def after_sample(done: int) -> None:
+        nonlocal count
+        count = done
+        context.progress.advance(done, total)
+
+    found = calibrate(
+        model,
+        tensors,
+        itertools.islice(reader, settings.samples),
+        RangeCollector(settings.method, settings.percentile),
+        context.output / "watched",
+        after_sample,
+    )
     if count == 0:
         raise DataError(f"{reader.description}: no samples", "Give at least one; a few hundred are usual.")
-    found = collector.ranges()
-    ordered = {name: found[name] for name in tensors if name in found}
     about = {"method": settings.method, "samples": count, "data": reader.description}
-    ranges.save(context.made("ranges") / ranges.RANGES_FILE, ordered, about)
+    ranges.save(context.made("ranges") / ranges.RANGES_FILE, found, about)
     warnings = []
     if isinstance(reader, ImageFolder) and settings.images is None:
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
@@ -73,17 +66,8 @@ def run(context: StageContext) -> StageOutcome:
         warnings.append(f"only {count} calibration samples: ranges may be too narrow; a few hundred are usual")
     facts = {
         **about,
-        "tensors": len(ordered),
+        "tensors": len(found),
         "random": settings.random,
         "samples_per_second": round(count / max(time.monotonic() - started, 1e-9), 1),
     }
     return StageOutcome(facts, tuple(warnings))
-
-
-def _watching_session(model: onnx.ModelProto, watched: list[str], context: StageContext) -> Session:
-    """A session on the graph with the watched activations as outputs."""
-    types = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
-    outputs = {value.name for value in model.graph.output}
-    model.graph.output.extend(types[name] for name in watched if name not in outputs)
-    folder = context.output / "watched"
-    return Session(onnx_model.save(model, folder), optimization="basic")

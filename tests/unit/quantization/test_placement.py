@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gpuopt.calibration.collectors import TensorRange
-from gpuopt.placement import SMALLEST_FP16_SCALE, Placement, candidate_tensors, place
+from gpuopt.quantization.placement import SMALLEST_FP16_SCALE, Placement, candidate_tensors, place
 from gpuopt.recipe import QuantizeSection
 
 

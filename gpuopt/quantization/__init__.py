@@ -1,0 +1,1 @@
+"""Static INT8: where Q/DQ go, and the graphs they make."""
