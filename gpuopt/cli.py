@@ -138,6 +138,14 @@ def compile(  # noqa: A001 - the command's name
         MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")] = None,
+    max_calibration_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-calibration-memory",
+            metavar="SIZE",
+            help="The most that calibration may add, as 2GiB; more passes where it does not fit.",
+        ),
+    ] = None,
     random_calibration: Annotated[
         bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
     ] = False,
@@ -174,6 +182,7 @@ def compile(  # noqa: A001 - the command's name
         calibration_data=calibration_data,
         calibration_method=_value(calibration_method),
         calibration_samples=calibration_samples,
+        max_calibration_memory=max_calibration_memory,
         random_calibration=random_calibration,
         quant_format=_value(quant_format),
         min_cosine=min_cosine,

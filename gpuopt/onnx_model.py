@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +292,36 @@ def float_tensors(model: onnx.ModelProto) -> set[str]:
         for value in values
         if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in constants
     }
+
+
+def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors when the graph's inputs have these shapes, where onnx can infer them.
+
+    The weights' values are not looked at, but those that state shapes are.
+    """
+    graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64 or not tensor.dims:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if value.name in inputs:
+            dtype = value.type.tensor_type.elem_type
+            graph.input.append(helper.make_tensor_value_info(value.name, dtype, list(inputs[value.name])))
+        elif value.name not in constants:
+            graph.input.append(value)
+    graph.output.extend(helper.make_empty_tensor_value_info(value.name) for value in model.graph.output)
+    small = helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions)
+    small.ir_version = model.ir_version
+    try:
+        inferred = onnx.shape_inference.infer_shapes(small, data_prop=True).graph
+    except onnx.shape_inference.InferenceError:
+        return {}
+    found = {}
+    for value in [*inferred.value_info, *inferred.input, *inferred.output]:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[value.name] = tuple(dim.dim_value for dim in dims)
+    return found

@@ -260,8 +260,8 @@ class Runner:
         value: Any = self.recipe.model_dump(mode="json")
         for name in section.split("."):
             value = value[name]
-        # Where the model and the data lie is no part of what they are.
-        dropped = {"model": ("path",), "calibrate": ("data",)}.get(section, ())
+        # Where the model and the data lie is no part of what they are, nor is how much memory there is.
+        dropped = {"model": ("path",), "calibrate": ("data", "max_memory")}.get(section, ())
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     def _model_fingerprint(self) -> str | None:

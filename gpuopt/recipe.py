@@ -52,6 +52,22 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = _MEMORY.fullmatch(value.strip())
+    if not match:
+        raise ValueError("write a number with a unit, as in 2GiB or 500MiB")
+    return int(float(match[1]) * _MEMORY_UNITS[match[2].lower()])
+
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]i?B)")
+_MEMORY_UNITS = {
+    f"{prefix}{binary}b": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("kmgt", 1)
+    for binary in ("", "i")
+}
+MemorySize = Annotated[int, BeforeValidator(_as_bytes), Field(ge=1)]
 _Size = Annotated[int, Field(ge=1, strict=True)]
 ShapeField = Annotated[tuple[_Size, ...], BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -164,6 +180,13 @@ class CalibrateSection(Section):
     percentile: float = Field(99.99, gt=50, le=100)
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
     random: bool = Field(False, description="Random data, for smoke tests; marks the report.")
+    values: int = Field(
+        1 << 22,
+        ge=0,
+        description="entropy, mse: values of an activation that make its histogram, over all samples; 0: every one.",
+    )
+    max_memory: MemorySize | None = Field(None, description="The most that calibration may add, as 2GiB or 500MiB.")
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
     images: ImageSection | None = None
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 
-from gpuopt.errors import BuildError, QuantizationError, one_line
+from gpuopt.errors import BuildError, QuantizationError, RequirementError, one_line
 
 ort.set_default_logger_severity(3)
 
@@ -25,6 +26,7 @@ class Session:
         providers: execution providers, first choice first.
         optimization: `all`; `basic` where every tensor must stay visible; `none` to run the graph as written.
         disabled: optimizers to leave out, by ONNX Runtime's names.
+        arena: plan and keep memory for the next run; without it every tensor is allocated and freed by itself.
 
     Raises:
         BuildError: ONNX Runtime refuses the model.
@@ -36,8 +38,10 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         optimization: str = "all",
         disabled: Sequence[str] = (),
+        arena: bool = True,
     ) -> None:
         options = ort.SessionOptions()
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         options.log_severity_level = 3
         options.graph_optimization_level = {
             "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -53,6 +57,7 @@ class Session:
                 f"ONNX Runtime {ort.__version__} refuses {model.name}: {one_line(error)}",
                 "Run with --debug for its full message.",
             ) from error
+        self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
@@ -75,6 +80,27 @@ class Session:
                 "Check that the shapes and value ranges are ones that the model takes.",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+def execution_providers(choice: Literal["auto", "cpu", "cuda"]) -> tuple[str, ...]:
+    """ONNX Runtime's names, first choice first; `auto` takes CUDA where onnxruntime-gpu is installed.
+
+    ONNX Runtime falls back to the next one where the first does not start: `Session.provider` is the one at work.
+
+    Raises:
+        RequirementError: `cuda`, and the installed package has no CUDA.
+    """
+    with_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if choice == "cuda" and not with_cuda:
+        raise RequirementError(
+            f"ONNX Runtime {ort.__version__} has no CUDA execution provider",
+            "Install onnxruntime-gpu in place of onnxruntime.",
+        )
+    if choice == "cpu" or not with_cuda:
+        return ("CPUExecutionProvider",)
+    with contextlib.suppress(Exception):  # What is missing is told when the session opens.
+        ort.preload_dlls()
+    return ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def optimizers_to_disable(model: Path) -> tuple[str, ...]:

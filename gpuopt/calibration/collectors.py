@@ -8,6 +8,10 @@ is floor(|x| * 2^k); scaling by a power of two is exact, and
 
 so folding and binning commute: the histogram depends on the multiset of the values only, neither on
 their order nor on how they were cut into batches.
+
+Extremes are taken over every value. Into the histograms of `entropy` and `mse`, which weigh the shape
+of a distribution, go `values_per_sample` values of each sample, evenly spread over it: a choice that
+depends on the sample's own shape alone, and so again on neither order nor batches.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ _Reals = npt.NDArray[np.float64]
 
 _CHUNK = 1 << 16
 """Elements binned at a time: the work space stays near 1 MB, inside the second-level cache."""
+
+_COUNTED_WHOLE = ("minmax", "percentile")
+"""Methods that state a rank or an extreme, and so have to see every value."""
 
 _LEVELS = 127
 """Positive levels of symmetric INT8; -128 is not used."""
@@ -96,6 +103,11 @@ class RangeCollector:
             - `mse`: the threshold with the smallest expected squared error of rounding to 127
               levels and clipping, with values spread evenly inside a bin.
         percentile: per cent, in (0, 100]; used by `percentile` only.
+        values_per_sample: for `entropy` and `mse`, the most values of one tensor and sample that
+            enter its histogram; 0: all. At least a quarter as many do where there are more. For values
+            drawn at random the distribution function so estimated from n of them is off by more than
+            e with a probability of at most 2 exp(-2 n e^2) (Dvoretzky, Kiefer, Wolfowitz; Massart
+            1990); the extremes are exact.
         bins: resolution of the histogram, a power of two from 128 on. 4 * bins counters are held a
             tensor, of which more than 2 * bins always lie below the largest magnitude.
 
@@ -103,7 +115,13 @@ class RangeCollector:
         UsageError: an unknown method, or a percentile or number of bins out of range.
     """
 
-    def __init__(self, method: str, percentile: float = 99.99, bins: int = 2048) -> None:
+    def __init__(
+        self,
+        method: str,
+        percentile: float = 99.99,
+        bins: int = 2048,
+        values_per_sample: int = 0,
+    ) -> None:
         if method not in METHODS:
             raise UsageError(f"'{method}' is not a calibration method", f"Choose one of {', '.join(METHODS)}.")
         if not 0 < percentile <= 100:
@@ -121,9 +139,15 @@ class RangeCollector:
         self._size = 4 * bins
         self._bits = self._size.bit_length() - 1
         self._tensors: dict[str, _Summary] = {}
+        self._most_values = 0 if method in _COUNTED_WHOLE else values_per_sample
         # Kept between calls: fresh temporaries of this size cost more in page faults than the binning.
         self._magnitudes = np.empty(0 if method == "minmax" else _CHUNK, np.float64)
         self._indices = np.empty(self._magnitudes.size, np.intp)
+
+    @property
+    def bytes_per_tensor(self) -> int:
+        """The most that one tensor's statistics take."""
+        return _FIXED_BYTES + (0 if self.method == "minmax" else self._size * 8)
 
     @property
     def nbytes(self) -> int:
@@ -136,12 +160,21 @@ class RangeCollector:
             )
         )
 
-    def update(self, name: str, values: npt.NDArray[Any]) -> None:
+    def forget(self, name: str) -> None:
+        """Drop what was seen of a tensor."""
+        self._tensors.pop(name, None)
+
+    def update(self, name: str, values: npt.NDArray[Any], samples: int = 1) -> float:
         """Add the values of one tensor.
 
         Args:
             name: the tensor.
             values: float16, float32 or float64, of any shape and memory order; may be empty.
+            samples: how many samples the values are of, one behind the other along the first axis.
+                Where that axis is no multiple of it, every value enters the histogram.
+
+        Returns:
+            The largest magnitude among the values; 0 for none.
 
         Raises:
             DataError: `values` are not floating point, or hold NaN or an infinity.
@@ -152,19 +185,30 @@ class RangeCollector:
                 "Leave integer tensors out of the calibration.",
             )
         summary = self._tensors.setdefault(name, _Summary())
+        if not values.size:
+            return 0.0
+        whole = self.method != "minmax" and not self._most_values
+        low, high = math.inf, -math.inf
         for chunk in _chunks(values):
             # Adding zero turns -0.0 into 0.0, whose order among equals is not defined.
-            low, high = float(chunk.min()) + 0.0, float(chunk.max()) + 0.0
-            if not (math.isfinite(low) and math.isfinite(high)):
+            chunk_low, chunk_high = float(chunk.min()) + 0.0, float(chunk.max()) + 0.0
+            if not (math.isfinite(chunk_low) and math.isfinite(chunk_high)):
                 bad = values.size - int(np.isfinite(values).sum())
                 raise DataError(
                     f"tensor '{name}' holds {bad} NaN or infinite of {values.size} values",
                     "Check the calibration data and that the FP32 model itself gives finite outputs.",
                 )
-            summary.low, summary.high = min(summary.low, low), max(summary.high, high)
-            summary.count += chunk.size
-            if self.method != "minmax":
-                self._bin(summary, chunk, max(-low, high))
+            low, high = min(low, chunk_low), max(high, chunk_high)
+            if whole:
+                self._cover(summary, max(-chunk_low, chunk_high))
+                self._bin(summary, chunk)
+        summary.low, summary.high = min(summary.low, low), max(summary.high, high)
+        summary.count += values.size
+        if self._most_values:
+            self._cover(summary, max(-low, high))
+            for chunk in _chunks(_spread_values(values, samples, self._most_values)):
+                self._bin(summary, chunk)
+        return max(-low, high)
 
     def ranges(self) -> dict[str, TensorRange]:
         """A range for each tensor that had at least one value.
@@ -174,10 +218,9 @@ class RangeCollector:
         """
         return {name: self._range(one) for name, one in self._tensors.items() if one.count}
 
-    def _bin(self, summary: _Summary, chunk: npt.NDArray[Any], top: float) -> None:
-        nonzero = int(np.count_nonzero(chunk != 0))
-        summary.zeros += chunk.size - nonzero
-        if not nonzero:
+    def _cover(self, summary: _Summary, top: float) -> None:
+        """Let the histogram reach beyond a magnitude; zero needs none."""
+        if top == 0:
             return
         exponent = math.frexp(top)[1]  # The smallest with top < 2^exponent.
         if summary.histogram is None or summary.exponent is None:
@@ -186,6 +229,13 @@ class RangeCollector:
         elif exponent > summary.exponent:
             _fold(summary.histogram, exponent - summary.exponent)
             summary.exponent = exponent
+
+    def _bin(self, summary: _Summary, chunk: npt.NDArray[Any]) -> None:
+        """Count values whose magnitudes the histogram covers."""
+        nonzero = int(np.count_nonzero(chunk))
+        summary.zeros += chunk.size - nonzero
+        if summary.histogram is None or summary.exponent is None:
+            return
         magnitudes = np.abs(chunk, out=self._magnitudes.view(chunk.dtype)[: chunk.size])
         shift = self._bits - summary.exponent
         if shift < np.finfo(chunk.dtype).maxexp:
@@ -204,12 +254,17 @@ class RangeCollector:
         if summary.histogram is not None and summary.exponent is not None:
             unit = summary.exponent - self._bits
             peak = math.ldexp(amax, -unit)
+            histogram = summary.histogram
+            if not histogram[int(peak)]:
+                # The largest value need not be among those that were counted.
+                histogram = histogram.copy()
+                histogram[int(peak)] = 1
             if self.method == "percentile":
-                edge = self._percentile_edge(summary, summary.histogram, peak)
+                edge = self._percentile_edge(summary, histogram, peak)
             elif self.method == "entropy":
-                edge = _entropy_edge(summary.histogram, peak)
+                edge = _entropy_edge(histogram, peak)
             else:
-                edge = _mse_edge(summary.histogram, peak)
+                edge = _mse_edge(histogram, peak)
             if edge < peak:
                 # A subnormal threshold may round to zero, which no scale can be made of.
                 amax = math.ldexp(edge, unit) or amax
@@ -221,6 +276,21 @@ class RangeCollector:
         if rank <= summary.zeros:
             return peak
         return int(np.searchsorted(np.cumsum(histogram), rank - summary.zeros)) + 1.0
+
+
+def _spread_values(values: npt.NDArray[Any], samples: int, most: int) -> npt.NDArray[Any]:
+    """About `most` values of every sample, at even distances; all where a sample is no slice of the first axis."""
+    if samples < 1 or not values.ndim or values.shape[0] % samples:
+        return values
+    size = values.size // samples
+    if size <= most:
+        return values
+    # A stride that shares a factor with an axis would pass over some of its positions for ever.
+    inner = (values.shape[0] // samples, *values.shape[1:])
+    least = -(-size // most)
+    strides = (*range(least, 2 * least + 1), *range(least - 1, 0, -1))
+    stride = next(s for s in strides if all(math.gcd(s, length) == 1 for length in inner))
+    return values.reshape(samples, size)[:, ::stride]
 
 
 def _chunks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

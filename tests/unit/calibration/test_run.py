@@ -1,0 +1,198 @@
+"""Calibration as a whole: ranges that depend on the data alone, within the memory that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from gpuopt import onnx_model
+from gpuopt.calibration.collectors import METHODS, RangeCollector, TensorRange
+from gpuopt.calibration.memory import MIB
+from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
+from gpuopt.errors import QuantizationError, RequirementError
+
+Feed = dict[str, np.ndarray[Any, Any]]
+
+
+def network(channels: int = 8, layers: int = 3) -> onnx.ModelProto:
+    """Convolutions over images of any number and size."""
+    generator = np.random.default_rng(0)
+    nodes, constants, name, width = [], [], "x", 3
+    for index in range(layers):
+        weight = generator.standard_normal((channels, width, 3, 3)).astype(np.float32) / (3 * width**0.5)
+        constants.append(numpy_helper.from_array(weight, f"w{index}"))
+        nodes.append(helper.make_node("Conv", [name, f"w{index}"], [f"c{index}"], f"conv{index}", pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"], f"relu{index}"))
+        name, width = f"r{index}", channels
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    return onnx_model.with_types(model)
+
+
+TENSORS = ["x", "r0", "r1"]
+
+
+class Samples:
+    """Feeds that can be gone through again, as a reader's can."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self.feeds = feeds
+
+    def __iter__(self) -> Iterator[Feed]:
+        return iter(self.feeds)
+
+
+def images(count: int, size: int = 24, seed: int = 0) -> list[Feed]:
+    generator = np.random.default_rng(seed)
+    return [{"x": generator.standard_normal((1, 3, size, size), dtype=np.float32)} for _ in range(count)]
+
+
+def run(feeds: Sequence[Feed], folder: Path, method: str = "entropy", values: int = 0, **options: Any) -> Calibration:
+    collector = RangeCollector(method, values_per_sample=values)
+    return calibrate(network(), TENSORS, Samples(feeds), collector, folder / "watched", RunOptions(**options))
+
+
+def close(one: dict[str, TensorRange], other: dict[str, TensorRange]) -> bool:
+    """Equal but for the order in which a convolution sums up, which ONNX Runtime chooses by the batch."""
+    return all(np.isclose(one[name].amax, other[name].amax, rtol=1e-3) for name in TENSORS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("values", [0, 500])
+def test_neither_order_nor_batch_size_matter(method: str, values: int, tmp_path: Path) -> None:
+    feeds = images(6)
+    alone = run(feeds, tmp_path / "a", method, values)
+    backwards = run(feeds[::-1], tmp_path / "b", method, values)
+    batches = [{"x": np.concatenate([f["x"] for f in feeds[i : i + 3]])} for i in (0, 3)]
+    batched = run(batches, tmp_path / "c", method, values)
+    assert backwards.ranges == alone.ranges
+    assert close(batched.ranges, alone.ranges)
+    assert run(feeds, tmp_path / "d", method, values).ranges == alone.ranges
+
+
+def test_sizes_may_change_from_sample_to_sample(tmp_path: Path) -> None:
+    feeds = [*images(2, 16), *images(2, 40, seed=1), *images(1, 7, seed=2)]
+    found = run(feeds, tmp_path, "minmax")
+    assert found.samples == 5
+    assert found.ranges["x"].amax == max(float(np.abs(f["x"]).max()) for f in feeds)
+
+
+def test_minmax_equals_that_of_the_whole_activations(tmp_path: Path) -> None:
+    from gpuopt.backends.onnxruntime import Session
+
+    model = network()
+    model.graph.output.append(next(v for v in model.graph.value_info if v.name == "r0"))
+    session = Session(onnx_model.save(model, tmp_path / "m"))
+    feeds = images(4)
+    whole = np.concatenate([session.run(feed)["r0"] for feed in feeds])
+    found = run(feeds, tmp_path, "minmax").ranges["r0"]
+    assert (found.low, found.high) == (float(whole.min()), float(whole.max()))
+
+
+def test_a_limit_costs_passes_and_changes_nothing(tmp_path: Path) -> None:
+    model, feeds = network(channels=32, layers=6), images(3, size=256)
+    tensors = ["x", *(f"r{index}" for index in range(5))]
+
+    def limited(limit: int | None, name: str) -> Calibration:
+        collector = RangeCollector("entropy")
+        return calibrate(model, tensors, Samples(feeds), collector, tmp_path / name, RunOptions(max_memory=limit))
+
+    free = limited(None, "free")
+    assert free.passes == 1
+    # Five activations of 8 MiB and room for four at most beside what plain inference takes.
+    bound = limited(50 * MIB, "bound")
+    assert bound.passes > 1
+    assert bound.ranges == free.ranges
+    assert bound.peak_bytes <= 50 * MIB
+    assert bound.samples == free.samples == 3
+
+
+def test_a_larger_sample_later_on_splits_the_groups_again(tmp_path: Path) -> None:
+    model, tensors = network(channels=32, layers=6), ["r0", "r1", "r2", "r3", "r4"]
+    feeds = [*images(1, size=64), *images(1, size=256, seed=1), *images(1, size=64, seed=2)]
+    passes: list[tuple[int, int]] = []
+
+    def seen(sample: Seen) -> None:
+        passes.append((sample.this_pass, sample.number))
+
+    free = calibrate(model, tensors, Samples(feeds), RangeCollector("mse"), tmp_path / "a")
+    options = RunOptions(max_memory=50 * MIB, seen=seen)
+    bound = calibrate(model, tensors, Samples(feeds), RangeCollector("mse"), tmp_path / "b", options)
+    assert bound.ranges == free.ranges
+    assert bound.passes > 1
+    assert bound.peak_bytes <= 50 * MIB
+    # The first attempt saw the small sample and turned back before the large one ran.
+    assert passes[0] == (1, 1)
+    assert passes[1] == (1, 1)
+
+
+def test_too_small_a_limit_says_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(RequirementError, match=r"calibration needs \d+ MiB on a sample of x \(1, 3, 256, 256\)"):
+        calibrate(
+            network(channels=32),
+            ["r0"],
+            Samples(images(1, size=256)),
+            RangeCollector("minmax"),
+            tmp_path / "w",
+            RunOptions(max_memory=MIB),
+        )
+
+
+def test_the_estimate_comes_after_two_samples_and_once(tmp_path: Path) -> None:
+    estimates: list[tuple[int, Estimate]] = []
+    numbers: list[int] = []
+    run(
+        images(6),
+        tmp_path,
+        total=6,
+        seen=lambda sample: numbers.append(sample.number),
+        estimated=lambda estimate: estimates.append((len(numbers), estimate)),
+    )
+    ((after, estimate),) = estimates
+    assert after == 2
+    assert estimate.seconds is not None
+    assert estimate.seconds > 0
+    assert estimate.peak_bytes > 0
+    assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_sample_tells_its_largest_magnitudes(tmp_path: Path) -> None:
+    feeds, seen = images(3), list[Seen]()
+    run(feeds, tmp_path, values=100, seen=seen.append)
+    assert [set(s.magnitudes) for s in seen] == [set(TENSORS)] * 3
+    assert [s.magnitudes["x"] for s in seen] == [float(np.abs(f["x"]).max()) for f in feeds]
+
+
+def test_nan_inside_the_graph_names_tensor_and_sample(tmp_path: Path) -> None:
+    feeds = images(3)
+    feeds[1]["x"][:] = 3e38
+    with pytest.raises(QuantizationError, match=r"in 'r\d' on sample 1"):
+        run(feeds, tmp_path)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_shapes_are_those_that_onnxruntime_gives(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from gpuopt.backends.onnxruntime import Session
+
+    model = network(layers=2)
+    shape = (data.draw(st.integers(1, 3)), 3, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    inferred = onnx_model.concrete_shapes(model, {"x": shape})
+    model.graph.output.extend(v for v in model.graph.value_info if v.name in ("c0", "r0"))
+    session = Session(onnx_model.save(model, tmp_path_factory.mktemp("m")))
+    values = session.run({"x": np.zeros(shape, np.float32)})
+    assert {name: value.shape for name, value in values.items()} == {name: inferred[name] for name in values}
