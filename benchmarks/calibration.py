@@ -1,6 +1,6 @@
 """Time and memory of calibration, beside plain inference and onnxruntime's own calibrators.
 
-    python benchmarks/calibration.py [--images 256] [--peer-images 64]
+    python benchmarks/calibration.py [--images 256] [--peer-images 64] [--provider cpu]
 
 ResNet-50 at 224x224, batch 1, random weights, samples of normally distributed numbers: what has to be
 done does not depend on either. The floor is what ONNX Runtime needs for the same samples through the
@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 SHAPE = (1, 3, 224, 224)
+PROVIDER: Literal["cpu", "cuda"] = "cpu"
 OURS = ("minmax", "entropy", "mse", "percentile")
 PEERS = ("entropy", "percentile")
 
@@ -33,11 +34,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--peer-images", type=int, default=64, help="at most; halved until the peer survives")
     parser.add_argument("--model", type=Path, help="ONNX file instead of the exported ResNet-50")
-    parser.add_argument("--work", nargs=4, metavar=("MODEL", "WHO", "METHOD", "COUNT"), help=argparse.SUPPRESS)
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="of plain inference and gpuopt")
+    parser.add_argument("--work", nargs=3, metavar=("WHO", "METHOD", "COUNT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global PROVIDER
+    PROVIDER = arguments.provider
     if arguments.work:
-        model, who, method, count = arguments.work
-        print(json.dumps(WORK[who](Path(model), method, int(count))))
+        who, method, count = arguments.work
+        print(json.dumps(WORK[who](arguments.model, method, int(count))))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or export(Path(folder))
@@ -76,8 +80,19 @@ def row(count: int, what: str, found: dict[str, float], floor: dict[str, float])
 
 
 def measure(model: Path, who: str, method: str, count: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--work", str(model), who, method, str(count)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        str(model),
+        "--provider",
+        PROVIDER,
+        "--work",
+        who,
+        method,
+        str(count),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
@@ -112,10 +127,10 @@ class Clock:
 
 
 def inference(model: Path, method: str, count: int) -> dict[str, float]:
-    from gpuopt.backends.onnxruntime import Session
+    from gpuopt.backends.onnxruntime import Session, execution_providers
 
     samples, clock = Samples(count), Clock()
-    session = Session(model)
+    session = Session(model, execution_providers(PROVIDER))
     session.run(next(iter(samples)))
     clock.start()
     for feed in samples:
@@ -125,6 +140,7 @@ def inference(model: Path, method: str, count: int) -> dict[str, float]:
 
 def ours(model: Path, method: str, count: int) -> dict[str, float]:
     from gpuopt import onnx_model
+    from gpuopt.backends.onnxruntime import execution_providers
     from gpuopt.calibration.collectors import RangeCollector
     from gpuopt.calibration.run import RunOptions, Seen, calibrate
     from gpuopt.quantization import placement
@@ -141,7 +157,8 @@ def ours(model: Path, method: str, count: int) -> dict[str, float]:
             clock.start()
 
     with tempfile.TemporaryDirectory() as folder:
-        calibrate(graph, tensors, samples, collector, Path(folder) / "watched", RunOptions(seen=seen))
+        options = RunOptions(providers=execution_providers(PROVIDER), seen=seen)
+        calibrate(graph, tensors, samples, collector, Path(folder) / "watched", options)
         return clock.read()
 
 
