@@ -26,7 +26,7 @@ class Session:
         providers: execution providers, first choice first.
         optimization: `all`; `basic` where every tensor must stay visible; `none` to run the graph as written.
         disabled: optimizers to leave out, by ONNX Runtime's names.
-        arena: plan and keep memory for the next run; without it every tensor is allocated and freed by itself.
+        lean: memory before speed: nodes run in the graph's order and every tensor is freed behind its last use.
 
     Raises:
         BuildError: ONNX Runtime refuses the model.
@@ -38,10 +38,12 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         optimization: str = "all",
         disabled: Sequence[str] = (),
-        arena: bool = True,
+        lean: bool = False,
     ) -> None:
         options = ort.SessionOptions()
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
+        if lean:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = 3
         options.graph_optimization_level = {
             "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,

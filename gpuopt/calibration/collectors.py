@@ -10,8 +10,9 @@ so folding and binning commute: the histogram depends on the multiset of the val
 their order nor on how they were cut into batches.
 
 Extremes are taken over every value. Into the histograms of `entropy` and `mse`, which weigh the shape
-of a distribution, go `values_per_sample` values of each sample, evenly spread over it: a choice that
-depends on the sample's own shape alone, and so again on neither order nor batches.
+of a distribution, go at most `values_per_slice` values of each slice along the first axis (of a
+sample, in a batch), evenly spread over it: a choice that depends on shapes alone, and so again on
+neither order nor batches.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuopt.calibration.statistics import share
 from gpuopt.errors import DataError, UsageError
 
 METHODS = ("minmax", "entropy", "percentile", "mse")
@@ -35,8 +37,8 @@ _Reals = npt.NDArray[np.float64]
 _CHUNK = 1 << 16
 """Elements binned at a time: the work space stays near 1 MB, inside the second-level cache."""
 
-_COUNTED_WHOLE = ("minmax", "percentile")
-"""Methods that state a rank or an extreme, and so have to see every value."""
+_WEIGHED = ("entropy", "mse")
+"""Methods that weigh the shape of a distribution, for which a share of the values will do."""
 
 _LEVELS = 127
 """Positive levels of symmetric INT8; -128 is not used."""
@@ -103,11 +105,10 @@ class RangeCollector:
             - `mse`: the threshold with the smallest expected squared error of rounding to 127
               levels and clipping, with values spread evenly inside a bin.
         percentile: per cent, in (0, 100]; used by `percentile` only.
-        values_per_sample: for `entropy` and `mse`, the most values of one tensor and sample that
-            enter its histogram; 0: all. At least a quarter as many do where there are more. For values
-            drawn at random the distribution function so estimated from n of them is off by more than
-            e with a probability of at most 2 exp(-2 n e^2) (Dvoretzky, Kiefer, Wolfowitz; Massart
-            1990); the extremes are exact.
+        values_per_slice: for `entropy` and `mse`, the most values of each slice along a tensor's
+            first axis that enter its histogram; 0: all. For values drawn at random the distribution
+            function so estimated from n of them is off by more than e with a probability of at most
+            2 exp(-2 n e^2) (Dvoretzky, Kiefer, Wolfowitz; Massart 1990); the extremes are exact.
         bins: resolution of the histogram, a power of two from 128 on. 4 * bins counters are held a
             tensor, of which more than 2 * bins always lie below the largest magnitude.
 
@@ -120,7 +121,7 @@ class RangeCollector:
         method: str,
         percentile: float = 99.99,
         bins: int = 2048,
-        values_per_sample: int = 0,
+        values_per_slice: int = 0,
     ) -> None:
         if method not in METHODS:
             raise UsageError(f"'{method}' is not a calibration method", f"Choose one of {', '.join(METHODS)}.")
@@ -139,7 +140,7 @@ class RangeCollector:
         self._size = 4 * bins
         self._bits = self._size.bit_length() - 1
         self._tensors: dict[str, _Summary] = {}
-        self._most_values = 0 if method in _COUNTED_WHOLE else values_per_sample
+        self.values_per_slice = values_per_slice if method in _WEIGHED else 0
         # Kept between calls: fresh temporaries of this size cost more in page faults than the binning.
         self._magnitudes = np.empty(0 if method == "minmax" else _CHUNK, np.float64)
         self._indices = np.empty(self._magnitudes.size, np.intp)
@@ -164,14 +165,17 @@ class RangeCollector:
         """Drop what was seen of a tensor."""
         self._tensors.pop(name, None)
 
-    def update(self, name: str, values: npt.NDArray[Any], samples: int = 1) -> float:
+    @property
+    def needs_all_values(self) -> bool:
+        """Whether `update` has to see whole tensors; where not, `add` with extremes and a share will do."""
+        return self.method != "minmax" and not self.values_per_slice
+
+    def update(self, name: str, values: npt.NDArray[Any]) -> float:
         """Add the values of one tensor.
 
         Args:
             name: the tensor.
             values: float16, float32 or float64, of any shape and memory order; may be empty.
-            samples: how many samples the values are of, one behind the other along the first axis.
-                Where that axis is no multiple of it, every value enters the histogram.
 
         Returns:
             The largest magnitude among the values; 0 for none.
@@ -184,31 +188,44 @@ class RangeCollector:
                 f"tensor '{name}' has dtype {values.dtype}, ranges are for floating point only",
                 "Leave integer tensors out of the calibration.",
             )
-        summary = self._tensors.setdefault(name, _Summary())
         if not values.size:
+            self._tensors.setdefault(name, _Summary())
             return 0.0
-        whole = self.method != "minmax" and not self._most_values
-        low, high = math.inf, -math.inf
-        for chunk in _chunks(values):
-            # Adding zero turns -0.0 into 0.0, whose order among equals is not defined.
-            chunk_low, chunk_high = float(chunk.min()) + 0.0, float(chunk.max()) + 0.0
-            if not (math.isfinite(chunk_low) and math.isfinite(chunk_high)):
-                bad = values.size - int(np.isfinite(values).sum())
-                raise DataError(
-                    f"tensor '{name}' holds {bad} NaN or infinite of {values.size} values",
-                    "Check the calibration data and that the FP32 model itself gives finite outputs.",
-                )
-            low, high = min(low, chunk_low), max(high, chunk_high)
-            if whole:
-                self._cover(summary, max(-chunk_low, chunk_high))
+        extremes = [(float(chunk.min()), float(chunk.max())) for chunk in _chunks(values)]
+        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+        if any(math.isnan(one) for one, _ in extremes):
+            low = high = math.nan
+        return self.add(name, low, high, share(values, self.values_per_slice))
+
+    def add(self, name: str, low: float, high: float, values: npt.NDArray[Any] | None) -> float:
+        """Add the extremes of one tensor's values, and those of them that enter its histogram.
+
+        Args:
+            name: the tensor.
+            low, high: exact, over all values; NaN if any value is.
+            values: floating point, none beyond the extremes; not looked at for `minmax`.
+
+        Returns:
+            The largest magnitude.
+
+        Raises:
+            DataError: an extreme is NaN or infinite.
+        """
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DataError(
+                f"tensor '{name}' holds NaN or infinite values",
+                "Check the calibration data and that the FP32 model itself gives finite outputs.",
+            )
+        summary = self._tensors.setdefault(name, _Summary())
+        # Adding zero turns -0.0 into 0.0, whose order among equals is not defined.
+        summary.low, summary.high = min(summary.low, low + 0.0), max(summary.high, high + 0.0)
+        top = max(-low, high)
+        if self.method != "minmax" and values is not None:
+            summary.count += values.size
+            self._cover(summary, top)
+            for chunk in _chunks(values):
                 self._bin(summary, chunk)
-        summary.low, summary.high = min(summary.low, low), max(summary.high, high)
-        summary.count += values.size
-        if self._most_values:
-            self._cover(summary, max(-low, high))
-            for chunk in _chunks(_spread_values(values, samples, self._most_values)):
-                self._bin(summary, chunk)
-        return max(-low, high)
+        return top + 0.0
 
     def ranges(self) -> dict[str, TensorRange]:
         """A range for each tensor that had at least one value.
@@ -216,7 +233,7 @@ class RangeCollector:
         Returns:
             By tensor name; low == -high except for `minmax`. (0, 0) for a tensor of zeros only.
         """
-        return {name: self._range(one) for name, one in self._tensors.items() if one.count}
+        return {name: self._range(one) for name, one in self._tensors.items() if one.low <= one.high}
 
     def _cover(self, summary: _Summary, top: float) -> None:
         """Let the histogram reach beyond a magnitude; zero needs none."""
@@ -276,21 +293,6 @@ class RangeCollector:
         if rank <= summary.zeros:
             return peak
         return int(np.searchsorted(np.cumsum(histogram), rank - summary.zeros)) + 1.0
-
-
-def _spread_values(values: npt.NDArray[Any], samples: int, most: int) -> npt.NDArray[Any]:
-    """About `most` values of every sample, at even distances; all where a sample is no slice of the first axis."""
-    if samples < 1 or not values.ndim or values.shape[0] % samples:
-        return values
-    size = values.size // samples
-    if size <= most:
-        return values
-    # A stride that shares a factor with an axis would pass over some of its positions for ever.
-    inner = (values.shape[0] // samples, *values.shape[1:])
-    least = -(-size // most)
-    strides = (*range(least, 2 * least + 1), *range(least - 1, 0, -1))
-    stride = next(s for s in strides if all(math.gcd(s, length) == 1 for length in inner))
-    return values.reshape(samples, size)[:, ::stride]
 
 
 def _chunks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

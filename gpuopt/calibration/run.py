@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from gpuopt import onnx_model
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import RangeCollector, TensorRange
 from gpuopt.calibration.memory import MIB, peak_bytes, release_freed, reset_peak, resident_bytes
+from gpuopt.calibration.statistics import GraphStatistics
 from gpuopt.errors import DataError, QuantizationError, RequirementError
 
 Feed = Mapping[str, Any]
@@ -116,9 +118,14 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a sample of certain shapes takes, in bytes: each watched tensor, and all that are known together."""
+    """What a sample of certain shapes takes, in bytes.
 
-    watched: Mapping[str, int]
+    Attributes:
+        watched: of each watched tensor its whole size, and what stays of it to the end of a run.
+        all: all tensors of the graph that are known, together.
+    """
+
+    watched: Mapping[str, tuple[int, int]]
     all: int
 
 
@@ -231,36 +238,58 @@ class _Run:
         return limit is None or self._need(group, sizes) <= limit
 
     def _need(self, group: Sequence[str], sizes: _Sizes) -> int:
-        outputs = [sizes.watched[name] for name in group if name not in self._inputs]
+        made = [sizes.watched[name] for name in group if name not in self._inputs]
         histograms = self._collector.bytes_per_tensor * len(self._tensors)
-        # An output may stand beside its own copy in ONNX Runtime's blocked layout.
-        return self._plain.need(sizes, sum(outputs) + max(outputs, default=0) + histograms)
+        # Beside what stays to the end of a run, one activation that is at work.
+        return self._plain.need(sizes, sum(kept for _, kept in made) + max((whole for whole, _ in made), default=0)) + (
+            histograms
+        )
 
     def _sizes_of(self, feed: Feed) -> _Sizes:
         """By shape inference; a watched tensor on which that is silent counts as the largest of the others."""
         shapes: _Shapes = tuple((name, np.shape(feed[name])) for name in sorted(feed))
         if shapes not in self._sizes:
             known = onnx_model.concrete_shapes(self._model, dict(shapes))
-            sizes = {name: 4 * int(np.prod(shape)) for name, shape in known.items()}
-            watched = {name: sizes[name] for name in self._tensors if name in sizes}
-            largest = max(watched.values(), default=0)
+            whole = {name: 4 * math.prod(shape) for name, shape in known.items()}
+            watched = {name: (whole[name], self._kept(known[name])) for name in self._tensors if name in known}
+            largest = max(watched.values(), default=(0, 0))
             for name in self._tensors:
                 watched.setdefault(name, largest)
-            self._sizes[shapes] = _Sizes(watched, sum(sizes.values()))
+            self._sizes[shapes] = _Sizes(watched, sum(whole.values()))
         return self._sizes[shapes]
+
+    def _kept(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a watched tensor that stay to the end of a run."""
+        if self._collector.needs_all_values:
+            return 4 * math.prod(shape)
+        return 4 * sum(shape[:1]) * min(math.prod(shape[1:]), self._collector.values_per_slice)
 
     def _pass(self, group: list[str], before: int, number: int, passes: int) -> int:
         """Collect a group's values over all samples; gives their number."""
         watched = [name for name in group if name not in self._inputs]
-        session = self._session(watched)
+        whole = self._collector.needs_all_values
+        statistics = GraphStatistics(self._model, () if whole else watched, self._collector.values_per_slice)
+        try:
+            outputs = watched if whole else statistics.outputs
+            session = self._session(watched if whole else ())
+        finally:
+            statistics.remove()
         self._provider = session.provider
         count = 0
         for count, feed in enumerate(self._samples, 1):
             started = time.monotonic()
             self._check_memory(group, feed)
-            values = session.run(feed, watched)
-            values.update({name: feed[name] for name in group if name in self._inputs})
-            magnitudes = self._collect(values, feed, count)
+            values = session.run(feed, outputs)
+            magnitudes = {}
+            for name in group:
+                try:
+                    if whole or name in self._inputs:
+                        array = feed[name] if name in self._inputs else values.pop(name)
+                        magnitudes[name] = self._collector.update(name, array)
+                    else:
+                        magnitudes[name] = self._collector.add(name, *statistics.read(name, values))
+                except DataError as error:
+                    raise _not_finite(name, count) from error
             del values
             self._options.seen(Seen(count, feed, magnitudes, number, passes))
             # The first run also warms up; the second is like those to come.
@@ -290,20 +319,6 @@ class _Run:
             "Raise --max-calibration-memory or give smaller samples.",
         )
 
-    def _collect(self, values: Mapping[str, Any], feed: Feed, number: int) -> dict[str, float]:
-        batches = {np.shape(value)[0] if np.ndim(value) else 1 for value in feed.values()}
-        batch = batches.pop() if len(batches) == 1 else 1
-        magnitudes = {}
-        for name, value in values.items():
-            try:
-                magnitudes[name] = self._collector.update(name, value, batch)
-            except DataError as error:
-                raise QuantizationError(
-                    f"the FP32 graph gives NaN or infinity in '{name}' on sample {number - 1}",
-                    "Check that the calibration data is scaled as in training.",
-                ) from error
-        return magnitudes
-
     def _session(self, watched: Sequence[str]) -> Session:
         """A session on the graph with these activations as outputs."""
         graph = self._model.graph
@@ -317,4 +332,13 @@ class _Run:
         finally:
             del graph.output[len(outputs) :]
         limited = self._options.max_memory is not None
-        return Session(path, self._options.providers, arena=not limited)
+        # Further optimizations bring convolutions in blocked layouts, whose copies all live to the end.
+        level = "basic" if limited else "all"
+        return Session(path, self._options.providers, level, lean=limited)
+
+
+def _not_finite(name: str, number: int) -> QuantizationError:
+    return QuantizationError(
+        f"the FP32 graph gives NaN or infinity in '{name}' on sample {number - 1}",
+        "Check that the calibration data is scaled as in training.",
+    )

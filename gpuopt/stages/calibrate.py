@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageOutcome:
         planned, settings.max_memory, execution_providers(settings.provider), talk.seen, talk.estimated
     )
     collector = RangeCollector(
-        settings.method, settings.percentile, values_per_sample=values_per_sample(settings, planned)
+        settings.method, settings.percentile, values_per_slice=values_per_slice(settings, planned)
     )
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
@@ -72,7 +72,7 @@ def run(context: StageContext) -> StageOutcome:
     return StageOutcome(facts, tuple(warnings))
 
 
-def values_per_sample(settings: CalibrateSection, samples: int) -> int:
+def values_per_slice(settings: CalibrateSection, samples: int) -> int:
     """Values of a tensor that each of so many samples adds to its histogram; 0: all of them."""
     return settings.values and max(_FEWEST_VALUES, -(-settings.values // samples))
 

@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gpuopt.calibration import collectors
 from gpuopt.calibration.collectors import METHODS, RangeCollector, TensorRange
 from gpuopt.errors import DataError, UsageError
 
@@ -169,7 +168,7 @@ def test_memory_order_and_large_arrays(method):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_values_are_refused_by_name(bad):
     collector = RangeCollector("entropy")
-    with pytest.raises(DataError, match=r"tensor 'conv/out' holds 1 NaN or infinite of 4 values"):
+    with pytest.raises(DataError, match=r"tensor 'conv/out' holds NaN or infinite values"):
         collector.update("conv/out", np.array([0, 1, bad, 2], np.float32))
 
 
@@ -271,28 +270,6 @@ def test_thresholds_never_exceed_the_largest_value(values):
 # A share of the values ----------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    shape=st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple),
-    samples=st.integers(1, 4),
-    most=st.integers(1, 50),
-)
-def test_the_values_of_a_sample_are_spread_over_it(shape: tuple[int, ...], samples: int, most: int) -> None:
-    size = int(np.prod(shape))
-    one = np.arange(size, dtype=np.float32).reshape(shape)
-    alone = collectors._spread_values(one, 1, most).ravel()
-    together = collectors._spread_values(np.concatenate([one] * samples), samples, most)
-    # The choice is the sample's own: the same beside others.
-    assert np.array_equal(together.reshape(samples, -1), np.broadcast_to(alone, (samples, alone.size)))
-    assert min(size, most) / 4 <= alone.size
-    distances = np.diff(alone)
-    assert (distances == distances[:1]).all()
-    if distances.size:
-        # Every position of every axis has its turn where there are enough of them.
-        for axis, length in enumerate(shape):
-            assert np.gcd(int(distances[0]), length) == 1, axis
-
-
 @pytest.mark.parametrize("method", ["entropy", "mse"])
 @pytest.mark.parametrize("draw", ["normal", "laplace", "relu"])
 def test_a_share_gives_nearly_the_range_of_all(method: str, draw: str) -> None:
@@ -302,7 +279,7 @@ def test_a_share_gives_nearly_the_range_of_all(method: str, draw: str) -> None:
         "laplace": lambda: generator.laplace(size=(1, 60_000)),
         "relu": lambda: np.maximum(generator.standard_normal((1, 60_000)), 0),
     }[draw]
-    whole, share = RangeCollector(method), RangeCollector(method, values_per_sample=12_000)
+    whole, share = RangeCollector(method), RangeCollector(method, values_per_slice=12_000)
     for _ in range(40):
         values = make().astype(np.float32)
         assert whole.update("x", values) == share.update("x", values) == float(np.abs(values).max())
@@ -313,7 +290,7 @@ def test_a_share_gives_nearly_the_range_of_all(method: str, draw: str) -> None:
 def test_the_estimated_distribution_keeps_to_its_bound(method: str) -> None:
     """Dvoretzky-Kiefer-Wolfowitz: with 1 - 1e-9 certainty no rank is off by more than e."""
     generator = np.random.default_rng(1)
-    share, whole = RangeCollector(method, values_per_sample=5_000), RangeCollector(method)
+    share, whole = RangeCollector(method, values_per_slice=5_000), RangeCollector(method)
     for _ in range(20):
         values = generator.gamma(0.7, size=(1, 49_999)).astype(np.float32)
         share.update("x", values)
@@ -334,6 +311,6 @@ def test_the_extreme_is_kept_where_it_was_not_counted() -> None:
     collector.update("x", values)
     assert collector.ranges()["x"].amax == 100.0
     for method in ("entropy", "mse"):
-        shared = RangeCollector(method, values_per_sample=10)
+        shared = RangeCollector(method, values_per_slice=10)
         assert shared.update("x", values) == 100.0
         assert 0.01 <= shared.ranges()["x"].amax <= 100.0

@@ -62,13 +62,13 @@ def images(count: int, size: int = 24, seed: int = 0) -> list[Feed]:
 
 
 def run(feeds: Sequence[Feed], folder: Path, method: str = "entropy", values: int = 0, **options: Any) -> Calibration:
-    collector = RangeCollector(method, values_per_sample=values)
+    collector = RangeCollector(method, values_per_slice=values)
     return calibrate(network(), TENSORS, Samples(feeds), collector, folder / "watched", RunOptions(**options))
 
 
 def close(one: dict[str, TensorRange], other: dict[str, TensorRange]) -> bool:
-    """Equal but for the order in which a convolution sums up, which ONNX Runtime chooses by the batch."""
-    return all(np.isclose(one[name].amax, other[name].amax, rtol=1e-3) for name in TENSORS)
+    """Equal but for the order in which a convolution sums up, which ONNX Runtime chooses by batch and optimization."""
+    return one.keys() == other.keys() and all(np.isclose(one[n].amax, other[n].amax, rtol=1e-3) for n in one)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,7 +116,7 @@ def test_a_limit_costs_passes_and_changes_nothing(tmp_path: Path) -> None:
     # Five activations of 8 MiB and room for four at most beside what plain inference takes.
     bound = limited(50 * MIB, "bound")
     assert bound.passes > 1
-    assert bound.ranges == free.ranges
+    assert close(bound.ranges, free.ranges)
     assert bound.peak_bytes <= 50 * MIB
     assert bound.samples == free.samples == 3
 
@@ -132,12 +132,27 @@ def test_a_larger_sample_later_on_splits_the_groups_again(tmp_path: Path) -> Non
     free = calibrate(model, tensors, Samples(feeds), RangeCollector("mse"), tmp_path / "a")
     options = RunOptions(max_memory=50 * MIB, seen=seen)
     bound = calibrate(model, tensors, Samples(feeds), RangeCollector("mse"), tmp_path / "b", options)
-    assert bound.ranges == free.ranges
+    assert close(bound.ranges, free.ranges)
     assert bound.passes > 1
     assert bound.peak_bytes <= 50 * MIB
     # The first attempt saw the small sample and turned back before the large one ran.
     assert passes[0] == (1, 1)
     assert passes[1] == (1, 1)
+
+
+def test_a_share_of_the_values_needs_little_more_than_plain_inference(tmp_path: Path) -> None:
+    model, tensors = network(channels=32, layers=6), ["r0", "r1", "r2", "r3", "r4"]
+
+    def limited(values: int, limit: int) -> Calibration:
+        collector = RangeCollector("entropy", values_per_slice=values)
+        options = RunOptions(max_memory=limit)
+        return calibrate(model, tensors, Samples(images(3, size=256)), collector, tmp_path / str(values), options)
+
+    # 40 MiB of activations: they are not held beside each other where the graph itself takes the statistics.
+    share = limited(1000, 35 * MIB)
+    assert share.passes == 1
+    assert share.peak_bytes <= 35 * MIB
+    assert limited(0, 45 * MIB).passes > 1
 
 
 def test_too_small_a_limit_says_what_is_needed(tmp_path: Path) -> None:
@@ -177,11 +192,12 @@ def test_every_sample_tells_its_largest_magnitudes(tmp_path: Path) -> None:
     assert [s.magnitudes["x"] for s in seen] == [float(np.abs(f["x"]).max()) for f in feeds]
 
 
-def test_nan_inside_the_graph_names_tensor_and_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [0, 10])
+def test_nan_inside_the_graph_names_tensor_and_sample(values: int, tmp_path: Path) -> None:
     feeds = images(3)
     feeds[1]["x"][:] = 3e38
     with pytest.raises(QuantizationError, match=r"in 'r\d' on sample 1"):
-        run(feeds, tmp_path)
+        run(feeds, tmp_path, values=values)
 
 
 @settings(deadline=None, max_examples=40)
