@@ -160,11 +160,19 @@ class CalibrateSection(Section):
     """Which data decides the INT8 ranges, and how."""
 
     data: str | None = Field(None, description=".npz, folder, Polygraphy JSON or package.module:callable.")
+    ranges: str | None = Field(None, description="Ranges file, or calibration cache of TensorRT, instead of data.")
     method: Literal["entropy", "minmax", "percentile", "mse"] = "entropy"
     percentile: float = Field(99.99, gt=50, le=100)
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
     random: bool = Field(False, description="Random data, for smoke tests; marks the report.")
+    strict: bool = Field(False, description="A finding of the data checks is an error.")
     images: ImageSection | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CalibrateSection:
+        if self.random and self.ranges is not None:
+            raise ValueError("ranges come from a file or from random data, not from both: leave out one")
+        return self
 
 
 class QuantizeSection(Section):

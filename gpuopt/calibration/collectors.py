@@ -136,8 +136,8 @@ class RangeCollector:
             )
         )
 
-    def update(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Add the values of one tensor.
+    def update(self, name: str, values: npt.NDArray[Any]) -> float:
+        """Add the values of one tensor; their largest magnitude, 0 where there are none.
 
         Args:
             name: the tensor.
@@ -152,6 +152,7 @@ class RangeCollector:
                 "Leave integer tensors out of the calibration.",
             )
         summary = self._tensors.setdefault(name, _Summary())
+        amax = 0.0
         for chunk in _chunks(values):
             # Adding zero turns -0.0 into 0.0, whose order among equals is not defined.
             low, high = float(chunk.min()) + 0.0, float(chunk.max()) + 0.0
@@ -163,8 +164,10 @@ class RangeCollector:
                 )
             summary.low, summary.high = min(summary.low, low), max(summary.high, high)
             summary.count += chunk.size
+            amax = max(amax, -low, high)
             if self.method != "minmax":
                 self._bin(summary, chunk, max(-low, high))
+        return amax
 
     def ranges(self) -> dict[str, TensorRange]:
         """A range for each tensor that had at least one value.

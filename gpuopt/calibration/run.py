@@ -13,6 +13,8 @@ from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import RangeCollector, TensorRange
 from gpuopt.errors import DataError, QuantizationError
 
+AfterSample = Callable[[int, Mapping[str, Any], Mapping[str, float]], None]
+
 
 def calibrate(
     model: onnx.ModelProto,
@@ -20,7 +22,7 @@ def calibrate(
     samples: Iterable[Mapping[str, Any]],
     collector: RangeCollector,
     scratch: Path,
-    after_sample: Callable[[int], None] = lambda count: None,
+    after_sample: AfterSample = lambda count, feed, amax: None,
 ) -> dict[str, TensorRange]:
     """Choose a range for every tensor. Memory holds one sample's activations and the collector's histograms.
 
@@ -30,7 +32,7 @@ def calibrate(
         samples: feeds by input name.
         collector: empty; it decides the method.
         scratch: a folder that is not there yet, for the watched graph.
-        after_sample: told the number of samples so far.
+        after_sample: told the number of samples so far, the feed, and the largest magnitude of every tensor on it.
 
     Raises:
         QuantizationError: the graph gives NaN or infinity on a sample.
@@ -42,15 +44,16 @@ def calibrate(
     for count, feed in enumerate(samples):
         values = session.run(feed, watched)
         values.update({name: feed[name] for name in tensors if name in inputs})
+        amax = {}
         for name in tensors:
             try:
-                collector.update(name, values[name])
+                amax[name] = collector.update(name, values[name])
             except DataError as error:
                 raise QuantizationError(
                     f"the FP32 graph gives NaN or infinity in '{name}' on sample {count}",
                     "Check that the calibration data is scaled as in training.",
                 ) from error
-        after_sample(count + 1)
+        after_sample(count + 1, feed, amax)
     found = collector.ranges()
     return {name: found[name] for name in tensors if name in found}
 
