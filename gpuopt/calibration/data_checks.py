@@ -57,8 +57,13 @@ _ROUGH = 2.0
 _GROWTH_SAMPLES = 16
 """From this number on growth is judged; fewer are too few in any case."""
 
-_GREW = 0.05
-_GREW_SHARE = 0.25
+_GREW = 0.1
+_GREW_SHARE = 0.5
+"""Ranges grow where this share of them grew by `_GREW` in the last quarter or third of the samples."""
+
+_FURTHER_SHARE = 0.5
+"""Fewer further samples than this share of those that were given are not worth a word."""
+
 _SETTLED = 0.01
 _HORIZON = 32
 """Settled: another `_HORIZON` samples are expected to widen the range by less than `_SETTLED`."""
@@ -292,7 +297,9 @@ class DataChecks:
         kept = self._inputs[name]
         if kept.steps:
             near, apart = (float(value) for value in np.mean(kept.steps, axis=0))
-            if near > 0 and apart < _REPEATING * near and all(b < 0.8 * a for a, b in kept.steps):
+            # In images that were not cut apart, what lies further away differs more.
+            agreeing = sum(b < a for a, b in kept.steps)
+            if apart < _REPEATING * near and agreeing >= 0.9 * len(kept.steps):
                 channels = kept.sums.size
                 message = (
                     f"'{name}' seems to hold HWC images reshaped, not transposed, to CHW: along the width every "
@@ -431,6 +438,8 @@ class _Growth:
         if growing.size < _GREW_SHARE * len(self._names):
             return []
         further = self._further(final)
+        if further is not None and further < _FURTHER_SHARE * self._count:
+            return []
         name = self._names[int(np.argmax(grew))]
         amount = f"more than {_MOST_FURTHER}" if further is None else f"about {further}"
         message = (
