@@ -146,6 +146,17 @@ def compile(  # noqa: A001 - the command's name
             help="The most that calibration may add, as 2GiB; more passes where it does not fit.",
         ),
     ] = None,
+    calibration_ranges: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration-ranges",
+            metavar="FILE",
+            help="Ranges of an earlier run, or a calibration cache of TensorRT, instead of data.",
+        ),
+    ] = None,
+    strict_calibration: Annotated[
+        bool, typer.Option("--strict-calibration", help="Findings about the calibration data are errors.")
+    ] = False,
     random_calibration: Annotated[
         bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
     ] = False,
@@ -183,6 +194,8 @@ def compile(  # noqa: A001 - the command's name
         calibration_method=_value(calibration_method),
         calibration_samples=calibration_samples,
         max_calibration_memory=max_calibration_memory,
+        calibration_ranges=calibration_ranges,
+        strict_calibration=strict_calibration,
         random_calibration=random_calibration,
         quant_format=_value(quant_format),
         min_cosine=min_cosine,

@@ -60,6 +60,9 @@ def with_defaults(recipe: Recipe) -> Recipe:
         data = str(beside) if beside else None
     if data is not None and Path(data).expanduser().exists():
         data = str(Path(data).expanduser().resolve())
+    ranges = recipe.calibrate.ranges
+    if ranges is not None:
+        ranges = str(Path(ranges).expanduser().absolute())
     targets = recipe.build.target
     if not targets:
         only_here = recipe.quantize.format == "qoperator"
@@ -69,6 +72,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
     tree = recipe.model_dump(mode="json")
     tree["build"]["target"] = list(dict.fromkeys(targets))
     tree["calibrate"]["data"] = data
+    tree["calibrate"]["ranges"] = ranges
     tree["output"]["directory"] = str(bundle_folder(recipe).absolute())
     if recipe.model.path:
         tree["model"]["path"] = str(Path(recipe.model.path).absolute())

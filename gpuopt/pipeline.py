@@ -249,7 +249,11 @@ class Runner:
             if fingerprint is None:
                 return None
             parts["input.model"] = fingerprint
-        if "data" in stage.sources:
+        if stage.name == "calibrate" and self.recipe.calibrate.ranges:
+            ranges = Path(self.recipe.calibrate.ranges)
+            with storage_errors("read", ranges):
+                parts["input.calibration ranges"] = sha256_file(ranges)
+        elif "data" in stage.sources:
             fingerprint = self._data_fingerprint(stage.name)
             if fingerprint is None:
                 return None
@@ -261,7 +265,7 @@ class Runner:
         for name in section.split("."):
             value = value[name]
         # Where the model and the data lie is no part of what they are, nor is how much memory there is.
-        dropped = {"model": ("path",), "calibrate": ("data", "max_memory")}.get(section, ())
+        dropped = {"model": ("path",), "calibrate": ("data", "ranges", "max_memory")}.get(section, ())
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     def _model_fingerprint(self) -> str | None:
@@ -321,7 +325,7 @@ def check_request(recipe: Recipe) -> None:
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
-        DataError: INT8 without data.
+        DataError: INT8 without data or ranges, or with ranges that cannot be read.
         StorageError: the model file is not there.
     """
     from gpuopt.model_file import ModelKind, detect
@@ -340,11 +344,17 @@ def check_request(recipe: Recipe) -> None:
         environment.require("safetensors", "reading safetensors")
     if recipe.simplify.enabled:
         environment.require("onnxslim", "simplifying the graph")
-    if recipe.precision == "int8" and recipe.calibrate.data is None and not recipe.calibrate.random:
+    calibrate = recipe.calibrate
+    if recipe.precision == "int8" and calibrate.ranges is not None:
+        from gpuopt.calibration import ranges
+
+        ranges.read(Path(calibrate.ranges))
+    elif recipe.precision == "int8" and calibrate.data is None and not calibrate.random:
         raise DataError(
             "INT8 needs calibration data, and there is none beside the model",
             "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"
-            "--calibration-data package.module:callable yielding feeds. (--random-calibration: smoke tests only.)",
+            "--calibration-data package.module:callable; or --calibration-ranges FILE. (--random-calibration: smoke "
+            "tests only.)",
         )
 
 

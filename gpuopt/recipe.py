@@ -176,6 +176,7 @@ class CalibrateSection(Section):
     """Which data decides the INT8 ranges, and how."""
 
     data: str | None = Field(None, description=".npz, folder, Polygraphy JSON or package.module:callable.")
+    ranges: str | None = Field(None, description="Ranges file, or calibration cache of TensorRT, instead of data.")
     method: Literal["entropy", "minmax", "percentile", "mse"] = "entropy"
     percentile: float = Field(99.99, gt=50, le=100)
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
@@ -187,7 +188,14 @@ class CalibrateSection(Section):
     )
     max_memory: MemorySize | None = Field(None, description="The most that calibration may add, as 2GiB or 500MiB.")
     provider: Literal["auto", "cpu", "cuda"] = "auto"
+    strict: bool = Field(False, description="A finding of the data checks is an error.")
     images: ImageSection | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CalibrateSection:
+        if self.random and self.ranges is not None:
+            raise ValueError("ranges come from a file or from random data, not from both: leave out one")
+        return self
 
 
 class QuantizeSection(Section):

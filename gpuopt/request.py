@@ -37,6 +37,8 @@ class Flags:
     calibration_method: str | None = None
     calibration_samples: int | None = None
     max_calibration_memory: str | None = None
+    calibration_ranges: str | None = None
+    strict_calibration: bool = False
     random_calibration: bool = False
     quant_format: str | None = None
     min_cosine: float | None = None
@@ -62,6 +64,8 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "calibrate.method": flags.calibration_method,
         "calibrate.samples": flags.calibration_samples,
         "calibrate.max_memory": flags.max_calibration_memory,
+        "calibrate.ranges": flags.calibration_ranges,
+        "calibrate.strict": flags.strict_calibration or None,
         "calibrate.random": flags.random_calibration or None,
         "quantize.format": flags.quant_format,
         "verify.min_cosine": flags.min_cosine,

@@ -73,9 +73,13 @@ class TorchModel:
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:
         """Outputs as numpy arrays, nested structures flattened, for one feed of numpy arrays."""
-        args, kwargs = self.arguments(as_tensors(feed))
         with torch.inference_mode():
-            return [value.detach().cpu().numpy() for _, value in self._leaves(self._callable()(*args, **kwargs))]
+            return [value.detach().cpu().numpy() for _, value in self._leaves(self.forward(as_tensors(feed)))]
+
+    def forward(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """What the model itself gives for a feed of tensors."""
+        args, kwargs = self.arguments(tensors)
+        return self._callable()(*args, **kwargs)
 
     def output_names(self, feed: Mapping[str, Any]) -> list[str]:
         """A name for every output: its key in a dict or in transformers' outputs, else `output` or `output_<n>`."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+
 from gpuopt import onnx_model
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.onnxruntime import execution_providers
-from gpuopt.calibration import ranges
+from gpuopt.calibration import data_checks, first_layers, ranges, reuse
 from gpuopt.calibration.collectors import RangeCollector
+from gpuopt.calibration.data_checks import DataChecks, Finding
 from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
@@ -15,24 +21,26 @@ from gpuopt.errors import DataError, QuantizationError, RequirementError
 from gpuopt.quantization import placement
 from gpuopt.recipe import CalibrateSection
 from gpuopt.stages.context import StageContext
+from gpuopt.storage import sha256_file
 
-_FEW_SAMPLES = 32
 _FEWEST_VALUES = 1 << 14
 """Of a tensor and sample in a histogram, however many samples there are."""
 _SECONDS_WORTH_TELLING = 2.0
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Make `ranges`. Memory holds one sample's activations and one histogram a tensor, whatever the number of samples.
+    """Make `ranges`: from the recipe's ranges file, else from one pass over the data.
+
+    Memory holds one sample's activations and one histogram a tensor, whatever the number of samples.
 
     Raises:
-        DataError: no samples, or samples that do not fit the model or hold NaN.
+        DataError: no samples, or samples that do not fit the model or hold NaN; what the data checks find, if the
+            recipe is strict; a ranges file that is none or another model's.
         QuantizationError: the graph gives NaN on the data.
         RequirementError: it cannot be done within `max_memory`, or on the provider that was asked for.
     """
     settings = context.recipe.calibrate
     model = onnx_model.load(context.folder("onnx"))
-    specs = onnx_model.input_specs(model)
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise QuantizationError(
             "the graph holds Q/DQ or dequantized weights already", "Use --precision fp16: it keeps them as they are."
@@ -40,15 +48,28 @@ def run(context: StageContext) -> StageOutcome:
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
     tensors = [name for name in placement.candidate_tensors(model, with_outputs) if name in known]
-    reader = open_for_model(context, specs)
+    if settings.ranges is not None:
+        return _reuse(context, Path(settings.ranges), model, tensors)
+    return _measure(context, model, tensors)
+
+
+def values_per_slice(settings: CalibrateSection, samples: int) -> int:
+    """Values of a tensor that each of so many samples adds to its histogram; 0: all of them."""
+    return settings.values and max(_FEWEST_VALUES, -(-settings.values // samples))
+
+
+def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[str]) -> StageOutcome:
+    settings = context.recipe.calibrate
+    if settings.random and settings.strict:
+        data_checks.refuse(data_checks.of_random_data())
+    reader = open_for_model(context, onnx_model.input_specs(model))
     planned = reader.total or settings.samples
-    talk = _Talk(context, planned)
-    options = RunOptions(
-        planned, settings.max_memory, execution_providers(settings.provider), talk.seen, talk.estimated
-    )
-    collector = RangeCollector(
-        settings.method, settings.percentile, values_per_slice=values_per_slice(settings, planned)
-    )
+    stored = first_layers.load(context.folder("reference"))
+    listener = _Listener(context, planned, DataChecks(list(first_layers.merged(stored, first_layers.of_graph(model)))))
+    providers = execution_providers(settings.provider)
+    options = RunOptions(planned, settings.max_memory, providers, listener.seen, listener.estimated)
+    share = values_per_slice(settings, planned)
+    collector = RangeCollector(settings.method, settings.percentile, values_per_slice=share)
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
         raise RequirementError(
@@ -57,35 +78,40 @@ def run(context: StageContext) -> StageOutcome:
         )
     if found.samples == 0:
         raise DataError(f"{reader.description}: no samples", "Give at least one; a few hundred are usual.")
+    findings = listener.findings()
     about = {"method": settings.method, "samples": found.samples, "data": reader.description}
     ranges.save(context.made("ranges") / ranges.RANGES_FILE, found.ranges, about)
     warnings = []
     if isinstance(reader, ImageFolder) and settings.images is None:
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
-    if settings.random:
-        warnings.append("INT8 ranges come from random data: a smoke test, not a release")
-    elif found.samples < _FEW_SAMPLES:
-        warnings.append(f"only {found.samples} calibration samples: ranges may be too narrow; a few hundred are usual")
-    if options.providers[0] != found.provider:
-        warnings.append(f"{options.providers[0]} did not start: calibrated on {found.provider}")
-    facts = {**about, "random": settings.random, **talk.facts(found)}
+    if providers[0] != found.provider:
+        warnings.append(f"{providers[0]} did not start: calibrated on {found.provider}")
+    warnings += [finding.message for finding in findings]
+    facts = {
+        **about,
+        "random": settings.random,
+        **listener.facts(found),
+        "findings": [finding.to_json() for finding in findings],
+    }
     return StageOutcome(facts, tuple(warnings))
 
 
-def values_per_slice(settings: CalibrateSection, samples: int) -> int:
-    """Values of a tensor that each of so many samples adds to its histogram; 0: all of them."""
-    return settings.values and max(_FEWEST_VALUES, -(-settings.values // samples))
+class _Listener:
+    """Watches a run: progress and data checks while it goes on, findings and figures at the end."""
 
-
-class _Talk:
-    """Progress while it runs, figures at the end."""
-
-    def __init__(self, context: StageContext, planned: int) -> None:
+    def __init__(self, context: StageContext, planned: int, checks: DataChecks) -> None:
         self._progress = context.progress
+        self._settings = context.recipe.calibrate
         self._planned = planned
+        self._checks = checks
         self._estimate: Estimate | None = None
 
     def seen(self, sample: Seen) -> None:
+        if sample.this_pass == 1:
+            self._checks.sample(sample.number - 1, sample.feed)
+            if self._settings.strict and not self._settings.random and sample.number == data_checks.EARLY_SAMPLES:
+                data_checks.refuse(self._checks.early())
+        self._checks.activations(sample.magnitudes)
         done = (sample.this_pass - 1) * self._planned + sample.number
         self._progress.advance(done, sample.passes * self._planned)
 
@@ -96,6 +122,17 @@ class _Talk:
                 f"calibrate: up to {self._planned} samples, about {estimate.seconds:.0f} s "
                 f"and {estimate.peak_bytes / MIB:.0f} MiB"
             )
+
+    def findings(self) -> tuple[Finding, ...]:
+        """What the data checks found.
+
+        Raises:
+            DataError: anything, and the recipe is strict.
+        """
+        found = data_checks.of_random_data() if self._settings.random else self._checks.findings()
+        if self._settings.strict:
+            data_checks.refuse(found)
+        return found
 
     def facts(self, found: Calibration) -> dict[str, object]:
         estimate = self._estimate
@@ -108,3 +145,25 @@ class _Talk:
             "estimated_peak_mib": round(estimate.peak_bytes / MIB, 1) if estimate else None,
             "estimated_seconds": round(estimate.seconds, 1) if estimate and estimate.seconds else None,
         }
+
+
+def _reuse(context: StageContext, path: Path, model: onnx.ModelProto, wanted: Sequence[str]) -> StageOutcome:
+    """Make `ranges` of a file; no data are read."""
+    file = ranges.read(path)
+    everything = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    fitting = reuse.match(file, wanted, everything)
+    methods = ", ".join(dict.fromkeys(r.method for r in fitting.ranges.values()))
+    about = {"method": methods, "data": file.origin}
+    ranges.save(context.made("ranges") / ranges.RANGES_FILE, fitting.ranges, about)
+    facts = {
+        **about,
+        "tensors": len(fitting.ranges),
+        "random": False,
+        "ranges_file": {
+            "name": path.name,
+            "sha256": sha256_file(path),
+            "without_range": list(fitting.missing),
+            "not_in_graph": list(fitting.unknown),
+        },
+    }
+    return StageOutcome(facts, fitting.warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import onnx
 from gpuopt import interface, onnx_model, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
+from gpuopt.calibration import first_layers
 from gpuopt.comparison import SAME, compare, first_difference, problem
 from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
@@ -78,6 +80,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             _check_repeatable(loaded, names, first)
             tensors = Interface(resolved.inputs, tuple(names), resolved.profiles)
             stored = reference.record(context.made("reference"), tensors, loaded.run, corner_feeds, "PyTorch")
+            _store_first_layers(loaded, first, stored.folder)
         except GpuoptError:
             raise
         except Exception as error:  # the user's model may raise anything
@@ -122,6 +125,15 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     }
     dependencies = {*torch_model.user_files(known), *loaded.files_read}
     return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
+
+
+def _store_first_layers(loaded: Any, feed: reference.Feed, folder: Path) -> None:
+    """Keep what the first BatchNorms know of the training data, before the exporter folds them away."""
+    from gpuopt.torch_norms import first_convs
+
+    # Of a model that torch cannot watch the data are checked less: no reason to stop its export.
+    with contextlib.suppress(Exception):
+        first_layers.save(folder, first_convs(loaded, feed))
 
 
 def _entangled(stored: Reference) -> list[str]:
@@ -282,6 +294,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         interface.corner_feeds(recipe, resolved, feeds),
         "ONNX",
     )
+    first_layers.save(stored.folder, first_layers.of_graph(model))
     facts = {
         "model_kind": ModelKind.ONNX.value,
         "exporter": "none: the model is ONNX",
