@@ -104,14 +104,17 @@ class _Listener:
         self._settings = context.recipe.calibrate
         self._planned = planned
         self._checks = checks
+        self._checked = 0
         self._estimate: Estimate | None = None
 
     def seen(self, sample: Seen) -> None:
-        if sample.this_pass == 1:
+        # A pass that is begun again, or a further one, brings the same samples.
+        if sample.number > self._checked:
+            self._checked = sample.number
             self._checks.sample(sample.number - 1, sample.feed)
+            self._checks.activations(sample.magnitudes)
             if self._settings.strict and not self._settings.random and sample.number == data_checks.EARLY_SAMPLES:
                 data_checks.refuse(self._checks.early())
-        self._checks.activations(sample.magnitudes)
         done = (sample.this_pass - 1) * self._planned + sample.number
         self._progress.advance(done, sample.passes * self._planned)
 
