@@ -12,8 +12,8 @@ from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import calibrate
-from gpuopt.errors import DataError, QuantizationError
-from gpuopt.quantization import placement
+from gpuopt.errors import DataError
+from gpuopt.quantization import existing, placement
 from gpuopt.stages.context import StageContext
 
 _FEW_SAMPLES = 32
@@ -22,6 +22,8 @@ _FEW_SAMPLES = 32
 def run(context: StageContext) -> StageOutcome:
     """Make `ranges`. Memory holds one sample's activations and one histogram a tensor, whatever the number of samples.
 
+    A graph with Q/DQ of its own has its ranges: nothing is made and no data is asked for.
+
     Raises:
         DataError: no samples, or samples that do not fit the model or hold NaN.
         QuantizationError: the graph gives NaN on the data.
@@ -29,13 +31,12 @@ def run(context: StageContext) -> StageOutcome:
     settings = context.recipe.calibrate
     model = onnx_model.load(context.folder("onnx"))
     specs = onnx_model.input_specs(model)
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        raise QuantizationError(
-            "the graph holds Q/DQ or dequantized weights already", "Use --precision fp16: it keeps them as they are."
-        )
+    if existing.holds_quantization(model):
+        return StageOutcome({"quantized_before": True})
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
-    tensors = [name for name in placement.candidate_tensors(model, with_outputs) if name in known]
+    narrow = context.recipe.quantize.min_channels
+    tensors = [name for name in placement.candidate_tensors(model, with_outputs, narrow) if name in known]
     reader = open_for_model(context, specs)
     total = settings.samples if reader.total is None else min(reader.total, settings.samples)
     count, started = 0, time.monotonic()
