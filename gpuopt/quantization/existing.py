@@ -148,8 +148,12 @@ class _Check:
     def run(self) -> None:
         for node in self.model.graph.node:
             if node.op_type in _INTEGER_OPERATORS:
-                self._problem(node, f"{node.op_type} is an integer operator, TensorRT reads Q/DQ only")
-            elif any(
+                self._problem(node, "an integer operator, where TensorRT reads Q/DQ only")
+        if self.problems:
+            # The Q/DQ around them would be told as faulty, too.
+            return
+        for node in self.model.graph.node:
+            if any(
                 inner.op_type in (_QUANTIZE, _DEQUANTIZE) for body in onnx_model.subgraphs(node) for inner in body.node
             ):
                 self._problem(node, "Q/DQ inside a branch or loop")
@@ -165,6 +169,11 @@ class _Check:
         graph = self.model.graph
         for node in self.removed:
             graph.node.remove(node)
+        # What is known of the integers between Q and DQ may be wrong now.
+        stale = {name for node in graph.node if node.op_type == _QUANTIZE for name in node.output}
+        stale |= {name for node in self.removed for name in node.output}
+        for value in [value for value in graph.value_info if value.name in stale]:
+            graph.value_info.remove(value)
         graph.initializer.extend(self.added.values())
         self._unfold()
         onnx_model.drop_unused_initializers(graph)

@@ -70,8 +70,8 @@ class Placement:
     Attributes:
         reason: why it stays in floating point; empty for a node that is quantized.
         note: how it is quantized; empty for a node that is not.
-        inputs: the operands that get Q/DQ; empty for a node that stays in floating point, and for all of a
-            graph that was quantized before.
+        inputs: the operands that get Q/DQ, activations before weights; empty for a node that stays in floating
+            point, and for all of a graph that was quantized before.
     """
 
     node: str
@@ -140,17 +140,18 @@ def place(
 
 
 def explain(model: onnx.ModelProto, decisions: Sequence[Placement]) -> list[Placement]:
-    """One decision for every node of the graph, in its order: `place`'s, and why the others are no candidates."""
+    """One decision for every node of the graph but Q and DQ, in its order: those given, and why others have none."""
     known = {decision.node: decision for decision in decisions}
     return [
         known.get(node.name) or Placement(node.name, node.op_type, False, _why_no_candidate(node.op_type))
         for node in model.graph.node
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear")
     ]
 
 
 def _why_no_candidate(op_type: str) -> str:
     if op_type in COMMUTING_OPERATORS:
-        return "feeds no quantized node"
+        return "moves values, and no quantized node reads them"
     if op_type in _AVERAGES:
         return "an average does not commute with Q/DQ"
     if op_type in _SENSITIVE:

@@ -32,7 +32,8 @@ def run(context: StageContext) -> StageOutcome:
     model = onnx_model.load(context.folder("onnx"))
     specs = onnx_model.input_specs(model)
     if existing.holds_quantization(model):
-        return StageOutcome({"quantized_before": True})
+        unused = ("the calibration data plays no part: the model holds Q/DQ of its own",) if context.data else ()
+        return StageOutcome({"quantized_before": True}, unused)
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
     narrow = context.recipe.quantize.min_channels
