@@ -301,18 +301,16 @@ class _Check:
         if scale.ndim and scale.size == 1:
             scale = scale.reshape(())
             node.input[1] = self._constant(f"{node.input[1]}_scalar", scale)
-        if not scale.ndim:
-            kept = [a for a in node.attribute if a.name != "axis"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
         zero = self._zero(node)
         if kind == TensorProto.UINT8 or zero is None or zero.shape != scale.shape:
             name = self._constant("zero_point_int8", np.zeros(scale.shape, np.int8))
             del node.input[2:]
             node.input.append(name)
-            kept = [a for a in node.attribute if a.name != "output_dtype"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+        # The zero point states the type, and a scalar scale has no axis.
+        idle = {"output_dtype"} if scale.ndim else {"output_dtype", "axis"}
+        kept = [a for a in node.attribute if a.name not in idle]
+        del node.attribute[:]
+        node.attribute.extend(kept)
         if kind == TensorProto.UINT8:
             self.repairs.append(("UINT8 with the zero point 128 became INT8 with 0", node.name))
 

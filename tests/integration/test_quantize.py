@@ -64,6 +64,33 @@ def test_the_command_writes_graphs_ranges_and_reasons(network: Path, gpuopt: Gpu
     assert built(folder / "engine.onnx")
 
 
+def test_in_the_built_engine_the_quantized_layers_read_int8(network: Path, gpuopt: Gpuopt) -> None:
+    """By what TensorRT-RTX itself says of the engine while it builds it: a statement of the result, not of the wish."""
+    trt = tensorrt.import_module("tensorrt-rtx")
+
+    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity: object, message: str) -> None:
+            self.lines += message.splitlines()
+
+    assert gpuopt("quantize", "net.onnx", "-o", "inspected", cwd=network).code == 0
+    log = Log()
+    builder = trt.Builder(log)
+    graph = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(graph, log).parse_from_file(str(network / "inspected/engine.onnx"))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    assert builder.build_serialized_network(graph, config) is not None
+    layers = [line.strip() for line in log.lines if line.strip().startswith("Name: ") and "LayerType: " in line]
+    (stem,) = [line for line in layers if line.startswith("Name: /stem/Conv")]
+    (body,) = [line for line in layers if line.startswith("Name: /body/Conv")]
+    assert "Datatype: Int8" in body.partition("Constants: ")[0]
+    assert "Datatype: Int8" not in stem.partition("Constants: ")[0]
+
+
 def test_explain_prints_a_line_a_node(network: Path, gpuopt: Gpuopt) -> None:
     command = ("quantize", "net.onnx", "-o", "explained", "--explain", "--op-types-to-exclude", "Ad*")
     result = gpuopt(*command, cwd=network)
