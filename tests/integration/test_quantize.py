@@ -166,13 +166,16 @@ def test_a_symmetric_graph_of_onnxruntime_passes_through(
     ("settings", "said"),
     [
         ({}, "asymmetric: UINT8 with the zero point 0"),
+        ({"activation_type": QuantType.QInt16}, "it is of the type INT16, not INT8"),
         ({"quant_format": QuantFormat.QOperator}, "an integer operator, where TensorRT reads Q/DQ only"),
     ],
 )
 def test_what_tensorrt_would_refuse_ends_with_the_node_s_name(
     settings: dict[str, Any], said: str, network: Path, gpuopt: Gpuopt, tmp_path: Path
 ) -> None:
-    by_onnxruntime(network, tmp_path / "static.onnx", QuantType.QUInt8, False, **settings)
+    settings = dict(settings)
+    activation = settings.pop("activation_type", QuantType.QUInt8)
+    by_onnxruntime(network, tmp_path / "static.onnx", activation, activation is QuantType.QInt16, **settings)
     result = gpuopt("quantize", "static.onnx", cwd=tmp_path)
     assert result.code == 6
     assert said in result.stderr
