@@ -61,6 +61,76 @@ CacheOption = Annotated[
     typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
 ]
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
+]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; flags are laid over it.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key: build.target=onnxruntime.")
+]
+FactoryOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODULE:FACTORY", help="Code of the model whose weights the file holds."),
+]
+TrustFlag = Annotated[bool, typer.Option("--trust-pickle", help="Let the model file run the code it carries.")]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
+]
+MinShapesOption = Annotated[
+    list[str] | None,
+    typer.Option("--min-shapes", metavar="NAME:SHAPE,...", help="Smallest shapes of dynamic inputs."),
+]
+OptShapesOption = Annotated[
+    list[str] | None,
+    typer.Option("--opt-shapes", metavar="NAME:SHAPE,...", help="Shapes the kernels are chosen for."),
+]
+MaxShapesOption = Annotated[
+    list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...", help="Largest shapes.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-data",
+        "-c",
+        help=".npz, folder of .npy / .npz / images, Polygraphy JSON, or package.module:callable. "
+        "[default: calibration.npz or calibration/ beside the model]",
+    ),
+]
+MethodOption = Annotated[MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")]
+SamplesOption = Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-calibration-memory",
+        metavar="SIZE",
+        help="The most that calibration may add, as 2GiB; more passes where it does not fit.",
+    ),
+]
+RangesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-ranges",
+        metavar="FILE",
+        help="Ranges of an earlier run, or a calibration cache of TensorRT, instead of data.",
+    ),
+]
+StrictFlag = Annotated[
+    bool, typer.Option("--strict-calibration", help="Findings about the calibration data are errors.")
+]
+RandomFlag = Annotated[bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")]
+OpsetOption = Annotated[int | None, typer.Option("--opset", help="[default: 20; 17 for TensorRT 8.5]")]
+NoCacheFlag = Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")]
+ExcludeNodesOption = Annotated[
+    list[str] | None,
+    typer.Option("--nodes-to-exclude", metavar="PATTERN", help="Nodes kept out of INT8, as '*/head/*'; repeatable."),
+]
+ExcludeTypesOption = Annotated[
+    list[str] | None,
+    typer.Option("--op-types-to-exclude", metavar="PATTERN", help="Operators kept out of INT8; repeatable."),
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -81,18 +151,13 @@ def _options(
 
 @app.command()
 def compile(  # noqa: A001 - the command's name
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
-    ] = None,
+    model: ModelArgument = None,
     precision: Annotated[PrecisionChoice | None, typer.Option("--precision", "-p", help="[default: int8]")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL.gpuopt beside the model]")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; flags are laid over it.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key: build.target=onnxruntime.")
-    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
     target: Annotated[
         list[TargetChoice] | None,
         typer.Option("--target", "-t", help="Repeatable. [default: TensorRT with a GPU, else TensorRT-RTX]"),
@@ -103,74 +168,32 @@ def compile(  # noqa: A001 - the command's name
             "--compute-capability", metavar="X.Y", help="TensorRT-RTX GPUs, repeatable. [default: 8.0 and newer]"
         ),
     ] = None,
-    factory: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODULE:FACTORY", help="Code of the model whose weights the file holds."),
-    ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Let the model file run the code it carries.")
-    ] = False,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
-    ] = None,
-    min_shapes: Annotated[
-        list[str] | None,
-        typer.Option("--min-shapes", metavar="NAME:SHAPE,...", help="Smallest shapes of dynamic inputs."),
-    ] = None,
-    opt_shapes: Annotated[
-        list[str] | None,
-        typer.Option("--opt-shapes", metavar="NAME:SHAPE,...", help="Shapes the kernels are chosen for."),
-    ] = None,
-    max_shapes: Annotated[
-        list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...", help="Largest shapes.")
-    ] = None,
-    calibration_data: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration-data",
-            "-c",
-            help=".npz, folder of .npy / .npz / images, Polygraphy JSON, or package.module:callable. "
-            "[default: calibration.npz or calibration/ beside the model]",
-        ),
-    ] = None,
-    calibration_method: Annotated[
-        MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")
-    ] = None,
-    calibration_samples: Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")] = None,
-    max_calibration_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--max-calibration-memory",
-            metavar="SIZE",
-            help="The most that calibration may add, as 2GiB; more passes where it does not fit.",
-        ),
-    ] = None,
-    calibration_ranges: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration-ranges",
-            metavar="FILE",
-            help="Ranges of an earlier run, or a calibration cache of TensorRT, instead of data.",
-        ),
-    ] = None,
-    strict_calibration: Annotated[
-        bool, typer.Option("--strict-calibration", help="Findings about the calibration data are errors.")
-    ] = False,
-    random_calibration: Annotated[
-        bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
-    ] = False,
+    factory: FactoryOption = None,
+    trust_pickle: TrustFlag = False,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    calibration_data: DataOption = None,
+    calibration_method: MethodOption = None,
+    calibration_samples: SamplesOption = None,
+    max_calibration_memory: MemoryOption = None,
+    calibration_ranges: RangesOption = None,
+    strict_calibration: StrictFlag = False,
+    random_calibration: RandomFlag = False,
     quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    nodes_to_exclude: ExcludeNodesOption = None,
+    op_types_to_exclude: ExcludeTypesOption = None,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="[default: 20; 17 for TensorRT 8.5]")] = None,
+    opset: OpsetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
     cache_dir: CacheOption = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")] = False,
+    no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -198,6 +221,8 @@ def compile(  # noqa: A001 - the command's name
         strict_calibration=strict_calibration,
         random_calibration=random_calibration,
         quant_format=_value(quant_format),
+        nodes_to_exclude=tuple(nodes_to_exclude or ()),
+        op_types_to_exclude=tuple(op_types_to_exclude or ()),
         min_cosine=min_cosine,
         opset=opset,
     )
@@ -210,6 +235,75 @@ def compile(  # noqa: A001 - the command's name
     with request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. [default: MODEL.quantized beside the model]")
+    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    factory: FactoryOption = None,
+    trust_pickle: TrustFlag = False,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    calibration_data: DataOption = None,
+    calibration_method: MethodOption = None,
+    calibration_samples: SamplesOption = None,
+    max_calibration_memory: MemoryOption = None,
+    calibration_ranges: RangesOption = None,
+    strict_calibration: StrictFlag = False,
+    random_calibration: RandomFlag = False,
+    nodes_to_exclude: ExcludeNodesOption = None,
+    op_types_to_exclude: ExcludeTypesOption = None,
+    opset: OpsetOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print for every node: INT8 or floating point, and why.")
+    ] = False,
+    cache_dir: CacheOption = None,
+    no_cache: NoCacheFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Quantize a model to ONNX with Q/DQ and say why; no engines are built."""
+    from gpuopt import request
+    from gpuopt.quantize import quantize_model
+    from gpuopt.report import placement
+
+    flags = request.Flags(
+        model=model,
+        factory=factory,
+        trust_pickle=trust_pickle,
+        inputs=tuple(inputs or ()),
+        min_shapes=tuple(min_shapes or ()),
+        opt_shapes=tuple(opt_shapes or ()),
+        max_shapes=tuple(max_shapes or ()),
+        calibration_data=calibration_data,
+        calibration_method=_value(calibration_method),
+        calibration_samples=calibration_samples,
+        max_calibration_memory=max_calibration_memory,
+        calibration_ranges=calibration_ranges,
+        strict_calibration=strict_calibration,
+        random_calibration=random_calibration,
+        nodes_to_exclude=tuple(nodes_to_exclude or ()),
+        op_types_to_exclude=tuple(op_types_to_exclude or ()),
+        opset=opset,
+    )
+    chosen = request.recipe(recipe, flags, settings or [])
+    with request.open_cache(cache_dir, no_cache) as cache:
+        made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(made.document, indent=2))
+    elif explain:
+        placement.show(made.document["nodes"])
+    elif not quiet:
+        typer.echo(placement.summary(made.document, _shown(made.folder)))
 
 
 @app.command()
@@ -255,11 +349,15 @@ def _progress(quiet: bool) -> Progress:
     return choose(quiet)
 
 
+def _shown(folder: Path) -> str:
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
 def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:
     from gpuopt.report import terminal
 
     folder = Path(outcome.report.bundle)
-    shown = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    shown = _shown(folder)
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:

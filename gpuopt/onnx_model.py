@@ -169,47 +169,57 @@ def rename_interface(model: onnx.ModelProto, inputs: Sequence[str], outputs: Seq
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     given = [value.name for value in model.graph.input if value.name not in constants]
-    used = _tensor_names(model.graph) | set(inputs) | set(outputs)
+    used = tensor_names(model.graph) | set(inputs) | set(outputs)
     bound = {value.name for value in model.graph.input}
     for value in model.graph.output:
         if value.name in bound:
-            copy = _free_name(value.name, used)
+            copy = free_name(value.name, used)
             model.graph.node.append(helper.make_node("Identity", [value.name], [copy], name=copy))
             value.name = copy
         bound.add(value.name)
     wanted = dict(zip([*given, *(v.name for v in model.graph.output)], [*inputs, *outputs], strict=True))
     taken = sorted(set(wanted.values()) - set(wanted))
-    renamed = {**{name: _free_name(f"{name}_inner", used) for name in taken}, **wanted}
+    renamed = {**{name: free_name(f"{name}_inner", used) for name in taken}, **wanted}
     _rename_tensors(model.graph, {old: new for old, new in renamed.items() if old != new})
 
 
 def tensors_used(graph: onnx.GraphProto) -> set[str]:
     """Names that the graph's nodes, those of its subgraphs and its outputs read."""
     used = {value.name for value in graph.output}
-    return used.union(*map(_names_read, graph.node))
+    return used.union(*map(names_read, graph.node))
 
 
-def _names_read(node: onnx.NodeProto) -> set[str]:
-    return set(node.input).union(*map(tensors_used, _subgraphs(node)))
+def drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    """Remove initializers that no node, subgraph or output reads."""
+    used = tensors_used(graph)
+    for tensor in [t for t in graph.initializer if t.name not in used]:
+        graph.initializer.remove(tensor)
 
 
-def _tensor_names(graph: onnx.GraphProto) -> set[str]:
+def names_read(node: onnx.NodeProto) -> set[str]:
+    """Names that a node and its subgraphs read; those of a subgraph's own tensors are among them."""
+    return set(node.input).union(*map(tensors_used, subgraphs(node)))
+
+
+def tensor_names(graph: onnx.GraphProto) -> set[str]:
+    """Every name that stands for a tensor, in the graph and in its subgraphs."""
     names = {value.name for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]}
     for node in graph.node:
         names.update(node.input, node.output)
-        for inner in _subgraphs(node):
-            names |= _tensor_names(inner)
+        for inner in subgraphs(node):
+            names |= tensor_names(inner)
     return names
 
 
-def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+    """The bodies of a branch or loop."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
 
 
-def _free_name(name: str, used: set[str]) -> str:
+def free_name(name: str, used: set[str]) -> str:
     """The name, or with a number behind it that makes it new; it counts as used from then on."""
     free = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in used)
     used.add(free)
@@ -223,7 +233,7 @@ def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
                 names[index] = renamed.get(name, name)
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             _rename_tensors(inner, renamed)
 
 
@@ -242,7 +252,7 @@ def node_names_made_unique(model: onnx.ModelProto) -> None:
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
         name = node.name or f"{node.op_type}_{index}"
-        node.name = _free_name(name if name not in seen else f"{name}_{index}", seen)
+        node.name = free_name(name if name not in seen else f"{name}_{index}", seen)
 
 
 def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -252,7 +262,7 @@ def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     nodes = list(model.graph.node)
     producers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    needs = [{producers[name] for name in _names_read(node) if name in producers} for node in nodes]
+    needs = [{producers[name] for name in names_read(node) if name in producers} for node in nodes]
     users: list[list[int]] = [[] for _ in nodes]
     for index, needed in enumerate(needs):
         for producer in needed:

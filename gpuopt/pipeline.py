@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpuopt
 from gpuopt import environment
@@ -20,6 +20,9 @@ from gpuopt.recipe import ModelSection, Recipe
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, sha256_json, storage_errors
 from gpuopt.worker import Worker
+
+if TYPE_CHECKING:
+    from gpuopt.model_file import ModelKind
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ STAGES = (
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
     Stage(
         "calibrate", ("onnx", "reference"), ("ranges",),
-        ("calibrate", "inputs", "export.seed", "quantize.format"), _ORT,
+        ("calibrate", "inputs", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
     Stage(
-        "quantize", ("onnx", "ranges"), ("onnx", "engine_onnx"), ("quantize", "cast.remainder"), _ORT, applies=_is_int8
+        "quantize", ("onnx", "ranges?"), ("onnx", "engine_onnx", "placement"), ("quantize", "cast.remainder"), _ORT,
+        applies=_is_int8,
     ),
     Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
     Stage(
@@ -123,11 +127,9 @@ def plan(recipe: Recipe, until: str | None = None) -> list[Step]:
     """
     steps: list[Step] = []
     for stage in STAGES:
-        if not stage.applies(recipe):
-            continue
-        if stage.per_target:
+        if stage.applies(recipe) and stage.per_target:
             steps.extend(Step(stage, target) for target in recipe.build.target if target != "onnxruntime")
-        else:
+        elif stage.applies(recipe):
             steps.append(Step(stage))
         if stage.name == until:
             break
@@ -320,8 +322,11 @@ def model_sha256(path: Path) -> str:
         return sha256_json([sha256_file(file) for file in files_of(path)])
 
 
-def check_request(recipe: Recipe) -> None:
+def check_request(recipe: Recipe, builds: bool = True) -> None:
     """Refuse at once what would fail after minutes of work.
+
+    Args:
+        builds: whether engines will be built, so that their libraries have to be there.
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
@@ -330,7 +335,8 @@ def check_request(recipe: Recipe) -> None:
     """
     from gpuopt.model_file import ModelKind, detect
 
-    environment.check_targets(recipe.build.target)
+    if builds:
+        environment.check_targets(recipe.build.target)
     environment.require("onnxruntime", "verifying what was built")
     kind = ModelKind.FACTORY
     if recipe.model.path:
@@ -349,13 +355,24 @@ def check_request(recipe: Recipe) -> None:
         from gpuopt.calibration import ranges
 
         ranges.read(Path(calibrate.ranges))
-    elif recipe.precision == "int8" and calibrate.data is None and not calibrate.random:
+        return
+    undecided = recipe.precision == "int8" and calibrate.data is None and not calibrate.random
+    if undecided and not _holds_quantization(recipe.model, kind):
         raise DataError(
             "INT8 needs calibration data, and there is none beside the model",
             "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"
             "--calibration-data package.module:callable; or --calibration-ranges FILE. (--random-calibration: smoke "
             "tests only.)",
         )
+
+
+def _holds_quantization(model: ModelSection, kind: ModelKind) -> bool:
+    """Whether the model file shows Q/DQ of its own, which need no calibration."""
+    if not model.path:
+        return False
+    from gpuopt.quantization.existing import file_holds_quantization
+
+    return file_holds_quantization(Path(model.path), kind)
 
 
 @functools.cache

@@ -203,7 +203,10 @@ class QuantizeSection(Section):
 
     format: Literal["qdq", "qoperator"] = "qdq"
     per_channel: bool = True
-    op_types: Names = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Add")
+    op_types: Names = (
+        "Conv", "ConvTranspose", "MatMul", "Gemm", "Add",
+        "Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Split", "Slice", "Identity",
+    )  # fmt: skip
     op_types_to_exclude: Names = ()
     nodes_to_exclude: Names = Field((), description="Node names; shell patterns such as '*/head/*'.")
     min_channels: int = Field(16, ge=1, description="A Conv with fewer channels on a side stays out of INT8.")

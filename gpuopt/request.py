@@ -20,7 +20,7 @@ from gpuopt.storage import list_files
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of `gpuopt compile` that stand for a recipe key; None or empty: not given."""
+    """The flags of `gpuopt compile` and `gpuopt quantize` that stand for a recipe key; None or empty: not given."""
 
     model: str | None = None
     factory: str | None = None
@@ -41,6 +41,8 @@ class Flags:
     strict_calibration: bool = False
     random_calibration: bool = False
     quant_format: str | None = None
+    nodes_to_exclude: tuple[str, ...] = ()
+    op_types_to_exclude: tuple[str, ...] = ()
     min_cosine: float | None = None
     opset: int | None = None
 
@@ -68,6 +70,8 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "calibrate.strict": flags.strict_calibration or None,
         "calibrate.random": flags.random_calibration or None,
         "quantize.format": flags.quant_format,
+        "quantize.nodes_to_exclude": list(flags.nodes_to_exclude) or None,
+        "quantize.op_types_to_exclude": list(flags.op_types_to_exclude) or None,
         "verify.min_cosine": flags.min_cosine,
         "export.opset": flags.opset,
     }

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from gpuopt.errors import GpuoptError, ModelError, UsageError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, hazards
+from gpuopt.quantization.existing import file_holds_quantization
 from gpuopt.recipe import ModelSection
 from gpuopt.shapes import ShapeRange, TensorSpec
 
@@ -173,6 +174,10 @@ def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchMo
         return _load_weights(path, kind, settings.factory)
     try:
         if kind is ModelKind.EXPORTED_PROGRAM:
+            if file_holds_quantization(path, kind):
+                # Importing it registers the operators that torch's and torchao's quantizers write.
+                with contextlib.suppress(ImportError):
+                    importlib.import_module("torch.ao.quantization.fx._decomposed")
             with path.open("rb") as stream:
                 return _program(torch.export.load(stream))
         if kind is ModelKind.TORCHSCRIPT:

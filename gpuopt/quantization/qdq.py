@@ -1,4 +1,4 @@
-"""Q/DQ pairs (or QOperator nodes) where `placement` wants them, by onnxruntime's graph surgery."""
+"""Q/DQ pairs where `placement` wants them; QOperator nodes by onnxruntime's graph surgery."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from gpuopt import onnx_model
 from gpuopt.calibration.collectors import TensorRange
-from gpuopt.quantization.placement import Placement
+from gpuopt.errors import QuantizationError
+from gpuopt.quantization.placement import INT8_LEVELS, Placement, QuantizedInput
 from gpuopt.recipe import QuantizeSection
 
-# TensorRT's ONNX parser: symmetric INT8, no INT32 bias behind a DequantizeLinear, weights as
-# float -> Q -> DQ so that the builder folds them itself.
-_TENSORRT_OPTIONS = {
-    "QuantizeBias": False,
-    "ActivationSymmetric": True,
-    "WeightSymmetric": True,
-    "AddQDQPairToWeight": True,
-    "DedicatedQDQPair": False,
-    "ForceQuantizeNoInputCheck": True,
-    "QDQDisableWeightAdjustForInt32Bias": True,
-}
 _SMALLEST_FP16 = np.float16(2.0**-24)
+_SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""Denormal scales are zero where a processor flushes them, and Q divides by the scale."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +51,117 @@ def quantize(
     Args:
         model: FP32 graph with unique node names; left as it is.
         settings: format and granularity.
-        decisions: `placement.place`'s; those with `quantized` are carried out.
-        ranges: of every activation that needs a scale.
+        decisions: `placement.place`'s; those with `quantized` are carried out. For `qdq` they hold everything:
+            operands, the activations' scales, the weights' axes.
+        ranges: of every activation that needs a scale; `qoperator` alone reads them.
         fp16: whether the remainder of the engine's graph will be FP16, and with it every scale.
 
     Raises:
-        Exception: onnxruntime's quantizer raises ValueError, RuntimeError, AttributeError, ...
+        QuantizationError: a decision was made for another graph, or a weight holds NaN or infinity.
+        Exception: onnxruntime's quantizer (`qoperator`) raises ValueError, RuntimeError, AttributeError, ...
     """
     chosen = [decision for decision in decisions if decision.quantized]
-    quantized = _quantize(copy.deepcopy(model), settings, chosen, ranges)
-    rounded = _scales_representable_in_fp16(quantized) if fp16 else 0
+    quantized = copy.deepcopy(model)
+    if settings.format == "qdq":
+        insert_pairs(quantized, chosen)
+    else:
+        quantized = _with_integer_operators(quantized, settings, chosen, ranges)
+    return finished(quantized, settings.format == "qdq", fp16)
+
+
+def finished(quantized: onnx.ModelProto, qdq: bool, fp16: bool) -> QuantizedGraphs:
+    """Both graphs of one whose weights are floating point behind Q and DQ; it may be changed.
+
+    Args:
+        qdq: whether it holds Q/DQ; QOperator has no graph for engines.
+        fp16: as in `quantize`.
+    """
+    rounded = scales_representable_in_fp16(quantized) if fp16 else 0
     quantized = onnx_model.sort_topologically(quantized)
-    if settings.format != "qdq":
+    if not qdq:
         return QuantizedGraphs(None, quantized, rounded)
     runtime = copy.deepcopy(quantized)
-    _fold_weights(runtime)
+    fold_weights(runtime)
     return QuantizedGraphs(quantized, runtime, rounded)
 
 
-def _quantize(
+def activation_scale(amax: float) -> npt.NDArray[np.float32]:
+    """Scale (0-dimensional) that maps magnitudes up to `amax` onto -127..127."""
+    return np.asarray(max(np.float32(amax / INT8_LEVELS), _SMALLEST_SCALE), np.float32)
+
+
+def weight_scale(weight: npt.NDArray[Any], axis: int | None) -> npt.NDArray[np.float32]:
+    """Scales that map a weight onto -127..127: of shape (weight.shape[axis],), or () if `axis` is None.
+
+    A channel of zeros has the scale 1: any will do but zero, by which Q would divide.
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis) if axis is not None else None
+    amax = np.max(np.abs(weight.astype(np.float64)), axis=others, initial=0.0)
+    scale = np.maximum((amax / INT8_LEVELS).astype(np.float32), _SMALLEST_SCALE)
+    return np.asarray(np.where(amax == 0, np.float32(1), scale), np.float32)
+
+
+def insert_pairs(model: onnx.ModelProto, chosen: Sequence[Placement]) -> None:
+    """Put Q and DQ in front of the operands that the decisions name, in place; nodes come out unsorted.
+
+    Operands with the same tensor and scale share one pair. Whoever else reads the tensor, an output of
+    the graph included, keeps it in floating point.
+    """
+    graph = model.graph
+    nodes = {node.name: node for node in graph.node}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            weights[node.output[0]] = node.attribute[0].t
+    used = onnx_model.tensor_names(graph) | set(nodes)
+    pairs: dict[tuple[str, float | None, int | None], str] = {}
+    for decision in chosen:
+        node = nodes.get(decision.node)
+        for operand in decision.inputs:
+            if node is None or len(node.input) <= operand.index or node.input[operand.index] != operand.tensor:
+                raise QuantizationError(
+                    f"the decision on '{decision.node}' is of another graph: it has no input '{operand.tensor}'",
+                    "Decide again after changing the graph.",
+                )
+            key = (operand.tensor, operand.amax, operand.axis)
+            if key not in pairs:
+                scale = _scale(operand, weights, decision.node)
+                pairs[key] = _add_pair(graph, operand, scale, used)
+            node.input[operand.index] = pairs[key]
+
+
+def _scale(operand: QuantizedInput, weights: Mapping[str, onnx.TensorProto], node: str) -> npt.NDArray[np.float32]:
+    if operand.amax is not None:
+        return activation_scale(operand.amax)
+    if operand.tensor not in weights:
+        raise QuantizationError(f"'{operand.tensor}' of '{node}' is no constant", "Give the decision its range.")
+    scale = weight_scale(numpy_helper.to_array(weights[operand.tensor]), operand.axis)
+    if not np.all(np.isfinite(scale)):
+        raise QuantizationError(
+            f"the weight '{operand.tensor}' of '{node}' holds NaN or infinity", "Train or save the model again."
+        )
+    return scale
+
+
+def _add_pair(graph: onnx.GraphProto, operand: QuantizedInput, scale: npt.NDArray[np.float32], used: set[str]) -> str:
+    """Add initializers and nodes of a pair; the name of what its DQ gives."""
+    scale_name, zero_name, quantized, dequantized = (
+        onnx_model.free_name(f"{operand.tensor}_{part}", used)
+        for part in ("scale", "zero_point", "quantized", "dequantized")
+    )
+    zero = np.zeros(scale.shape, np.int8)
+    graph.initializer.extend([numpy_helper.from_array(scale, scale_name), numpy_helper.from_array(zero, zero_name)])
+    axis = {} if operand.axis is None else {"axis": operand.axis}
+    for op_type, source, result in (
+        ("QuantizeLinear", operand.tensor, quantized),
+        ("DequantizeLinear", quantized, dequantized),
+    ):
+        name = onnx_model.free_name(f"{operand.tensor}_{op_type}", used)
+        graph.node.append(helper.make_node(op_type, [source, scale_name, zero_name], [result], name=name, **axis))
+    return dequantized
+
+
+def _with_integer_operators(
     model: onnx.ModelProto,
     settings: QuantizeSection,
     chosen: Sequence[Placement],
@@ -85,32 +170,27 @@ def _quantize(
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.quant_utils import QuantizationMode
 
-    op_types = sorted({decision.op_type for decision in chosen})
-    qdq = settings.format == "qdq"
-    options: dict[str, Any] = {"ActivationSymmetric": True, "WeightSymmetric": True}
-    if qdq:
-        options = {**_TENSORRT_OPTIONS, "OpTypesToExcludeOutputQuantization": op_types}
     by_tensor = {
         name: TensorData(lowest=np.float32(-max(r.amax, 0.0)), highest=np.float32(r.amax)) for name, r in known.items()
     }
     quiet = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        quantizer = (QDQQuantizer if qdq else ONNXQuantizer)(
+        quantizer = ONNXQuantizer(
             model,
             per_channel=settings.per_channel,
             reduce_range=False,
-            **({} if qdq else {"mode": QuantizationMode.QLinearOps, "static": True}),
+            mode=QuantizationMode.QLinearOps,
+            static=True,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, by_tensor),
             nodes_to_quantize=[decision.node for decision in chosen],
             nodes_to_exclude=[],
-            op_types_to_quantize=op_types,
-            extra_options=options,
+            op_types_to_quantize=sorted({decision.op_type for decision in chosen}),
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
         )
         quantizer.quantize_model()
     finally:
@@ -119,7 +199,7 @@ def _quantize(
     return result
 
 
-def _scales_representable_in_fp16(model: onnx.ModelProto) -> int:
+def scales_representable_in_fp16(model: onnx.ModelProto) -> int:
     """Round every scale up to an FP16 number; gives how many changed.
 
     Casting the scales later would make Q and DQ disagree with the grid that was chosen here, and
@@ -139,7 +219,7 @@ def _scales_representable_in_fp16(model: onnx.ModelProto) -> int:
     return changed
 
 
-def _fold_weights(model: onnx.ModelProto) -> None:
+def fold_weights(model: onnx.ModelProto) -> None:
     """Replace every weight behind a QuantizeLinear by its INT8 numbers, as ONNX's definition computes them."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     folded = []
@@ -156,9 +236,7 @@ def _fold_weights(model: onnx.ModelProto) -> None:
         folded.append(node)
     for node in folded:
         model.graph.node.remove(node)
-    used = onnx_model.tensors_used(model.graph)
-    for tensor in [t for t in model.graph.initializer if t.name not in used]:
-        model.graph.initializer.remove(tensor)
+    onnx_model.drop_unused_initializers(model.graph)
 
 
 def _scale_names(nodes: Iterable[onnx.NodeProto]) -> list[str]:

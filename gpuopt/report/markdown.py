@@ -102,7 +102,10 @@ def _precision(report: Report) -> str:
         rows = [(len(nodes), reason, _some(nodes)) for reason, nodes in left.items()]
         if rows:
             lines.append(table(("left in floating point", "why", "nodes"), sorted(rows, reverse=True)))
-    if calibrated:
+    if calibrated.get("quantized_before"):
+        lines.append("Calibration: none, the model holds Q/DQ of its own.")
+        lines += [f"Repaired: {line}." for line in quantized.get("repaired", [])]
+    elif calibrated:
         lines.append(f"Calibration: {calibrated['method']}, {calibrated['tensors']} tensors; {calibrated['data']}.")
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""

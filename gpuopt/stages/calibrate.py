@@ -17,8 +17,8 @@ from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
-from gpuopt.errors import DataError, QuantizationError, RequirementError
-from gpuopt.quantization import placement
+from gpuopt.errors import DataError, RequirementError
+from gpuopt.quantization import existing, placement
 from gpuopt.recipe import CalibrateSection
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file
@@ -33,6 +33,8 @@ def run(context: StageContext) -> StageOutcome:
 
     Memory holds one sample's activations and one histogram a tensor, whatever the number of samples.
 
+    A graph with Q/DQ of its own has its ranges: nothing is made and no data is asked for.
+
     Raises:
         DataError: no samples, or samples that do not fit the model or hold NaN; what the data checks find, if the
             recipe is strict; a ranges file that is none or another model's.
@@ -41,13 +43,13 @@ def run(context: StageContext) -> StageOutcome:
     """
     settings = context.recipe.calibrate
     model = onnx_model.load(context.folder("onnx"))
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        raise QuantizationError(
-            "the graph holds Q/DQ or dequantized weights already", "Use --precision fp16: it keeps them as they are."
-        )
+    if existing.holds_quantization(model):
+        unused = ("the calibration data plays no part: the model holds Q/DQ of its own",) if context.data else ()
+        return StageOutcome({"quantized_before": True}, unused)
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
-    tensors = [name for name in placement.candidate_tensors(model, with_outputs) if name in known]
+    narrow = context.recipe.quantize.min_channels
+    tensors = [name for name in placement.candidate_tensors(model, with_outputs, narrow) if name in known]
     if settings.ranges is not None:
         return _reuse(context, Path(settings.ranges), model, tensors)
     return _measure(context, model, tensors)

@@ -19,6 +19,7 @@ from gpuopt.comparison import SAME, compare, first_difference, problem
 from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
+from gpuopt.quantization import existing
 from gpuopt.recipe import Recipe
 from gpuopt.reference import Interface, Reference
 from gpuopt.shapes import ShapeRange, TensorSpec, format_shape
@@ -273,6 +274,9 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         try:
             model = onnx.version_converter.convert_version(model, recipe.export.opset)
         except Exception as error:  # the converter raises RuntimeError and its own kinds
+            if existing.holds_quantization(model):
+                # INT16, INT4 and FP8 cannot be converted: say so by the node's name.
+                existing.adopt(model, fp16=False)
             raise ExportError(
                 f"{source} has opset {before}, which cannot be converted to {recipe.export.opset}: {one_line(error)}",
                 "Export the model again with that opset.",

@@ -1,31 +1,44 @@
-"""Static INT8: decide for every node, quantize, and say why."""
+"""Static INT8: decide for every node, quantize, and say why; a graph with Q/DQ of its own is checked instead."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import onnx
 
 from gpuopt import onnx_model
 from gpuopt.artifact import StageOutcome
 from gpuopt.calibration import ranges
-from gpuopt.errors import QuantizationError, described
-from gpuopt.quantization import placement, qdq
+from gpuopt.errors import GpuoptError, QuantizationError, described
+from gpuopt.quantization import existing, placement, qdq
+from gpuopt.quantization.placement import Placement
 from gpuopt.stages.context import StageContext
+from gpuopt.storage import write_json
+
+PLACEMENT_FILE = "placement.json"
 
 
 def run(context: StageContext) -> StageOutcome:
     """Make `onnx` with INT8 weights, and from Q/DQ `engine_onnx` with floating-point weights behind Q and DQ.
 
+    `placement` gets the decision on every node of the graph.
+
     Raises:
-        QuantizationError: nothing can be quantized, or onnxruntime's quantizer fails.
+        QuantizationError: nothing can be quantized, onnxruntime's quantizer fails, or the graph has Q/DQ of its
+            own that TensorRT refuses.
     """
-    recipe = context.recipe
     model = onnx_model.load(context.folder("onnx"))
+    if existing.holds_quantization(model):
+        return _adopt(context, model)
+    recipe = context.recipe
     fp16 = recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16"
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
     decisions = placement.place(model, recipe.quantize, known, fp16)
-    chosen = [decision for decision in decisions if decision.quantized]
-    if not chosen:
-        reasons = Counter(d.reason for d in decisions).most_common(2)
+    candidates = [decision for decision in decisions if decision.op_type in placement.CANDIDATE_OPERATORS]
+    if not any(decision.quantized for decision in candidates):
+        reasons = Counter(d.reason for d in candidates).most_common(2)
         raise QuantizationError(
             "no node can be quantized: "
             + ("; ".join(r for r, _ in reasons) or "the graph has no Conv, MatMul or Gemm"),
@@ -33,24 +46,62 @@ def run(context: StageContext) -> StageOutcome:
         )
     try:
         graphs = qdq.quantize(model, recipe.quantize, decisions, known, fp16)
+    except GpuoptError:
+        raise
     except Exception as error:  # onnxruntime.quantization raises ValueError, RuntimeError, AttributeError, ...
         raise QuantizationError(
             f"onnxruntime's quantizer fails: {described(error)}",
-            "Exclude the node with --set quantize.nodes_to_exclude=[NAME]; --debug shows where it failed.",
+            "Exclude the node with --nodes-to-exclude NAME; --debug shows where it failed.",
         ) from error
-    if graphs.engine is not None:
-        onnx_model.save(graphs.engine, context.made("engine_onnx"))
-    onnx_model.save(graphs.runtime, context.made("onnx"))
-    operators = Counter(node.op_type for node in graphs.runtime.graph.node)
+    _save(context, graphs, placement.explain(model, decisions))
+    pairs = sum(node.op_type == "DequantizeLinear" for node in graphs.runtime.graph.node)
     facts = {
         "format": recipe.quantize.format,
-        "quantized_nodes": len(chosen),
-        "candidate_nodes": len(decisions),
-        "quantized": [decision.node for decision in chosen],
-        "kept_in_floating_point": [
-            {"node": d.node, "op_type": d.op_type, "reason": d.reason} for d in decisions if not d.quantized
-        ],
-        "qdq_pairs": operators["DequantizeLinear"],
+        "quantized_before": False,
+        **_counts(candidates),
+        "sharing_a_scale": [d.node for d in decisions if d.quantized and d not in candidates],
+        "qdq_pairs": pairs,
         "scales_rounded_to_fp16": graphs.scales_rounded,
     }
     return StageOutcome(facts)
+
+
+def _adopt(context: StageContext, model: onnx.ModelProto) -> StageOutcome:
+    recipe = context.recipe
+    if recipe.quantize.format != "qdq":
+        raise QuantizationError(
+            f"the model holds Q/DQ already, which --quant-format {recipe.quantize.format} cannot take",
+            "Use --quant-format qdq.",
+        )
+    fp16 = recipe.cast.remainder == "fp16"
+    adopted = existing.adopt(model, fp16)
+    graphs = qdq.finished(adopted.model, True, fp16)
+    _save(context, graphs, placement.explain(model, adopted.decisions))
+    facts = {
+        "format": "qdq",
+        "quantized_before": True,
+        **_counts(adopted.decisions),
+        "sharing_a_scale": [],
+        "qdq_pairs": adopted.pairs,
+        "repaired": list(adopted.repaired),
+        "scales_rounded_to_fp16": graphs.scales_rounded,
+    }
+    return StageOutcome(facts, adopted.warnings)
+
+
+def _counts(candidates: Sequence[Placement]) -> dict[str, object]:
+    return {
+        "quantized_nodes": sum(decision.quantized for decision in candidates),
+        "candidate_nodes": len(candidates),
+        "quantized": [decision.node for decision in candidates if decision.quantized],
+        "kept_in_floating_point": [
+            {"node": d.node, "op_type": d.op_type, "reason": d.reason} for d in candidates if not d.quantized
+        ],
+    }
+
+
+def _save(context: StageContext, graphs: qdq.QuantizedGraphs, decisions: Sequence[Placement]) -> None:
+    if graphs.engine is not None:
+        onnx_model.save(graphs.engine, context.made("engine_onnx"))
+    onnx_model.save(graphs.runtime, context.made("onnx"))
+    write_json(context.made("placement") / PLACEMENT_FILE, [asdict(decision) for decision in decisions])

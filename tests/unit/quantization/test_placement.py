@@ -11,7 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gpuopt.calibration.collectors import TensorRange
-from gpuopt.quantization.placement import SMALLEST_FP16_SCALE, Placement, candidate_tensors, place
+from gpuopt.quantization.placement import (
+    SMALLEST_FP16_SCALE,
+    Placement,
+    QuantizedInput,
+    candidate_tensors,
+    explain,
+    place,
+)
 from gpuopt.recipe import QuantizeSection
 
 
@@ -26,6 +33,12 @@ def graph(nodes: Sequence[onnx.NodeProto], **constants: Sequence[int]) -> onnx.M
 
 def node(op_type: str, *names: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(op_type, names[:-1], names[-1:], **attributes)
+
+
+def with_shape(model: onnx.ModelProto, **shapes: Sequence[int | None]) -> None:
+    del model.graph.value_info[:]
+    for name, shape in shapes.items():
+        model.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
 
 def decide(model: onnx.ModelProto, fp16: bool = True, amax: float = 1.0, **settings: Any) -> list[Placement]:
@@ -117,33 +130,234 @@ def test_a_product_with_a_vector_stays_out() -> None:
     assert reason(graph([node("MatMul", "x", "w", "y")], w=(64,))).startswith("a matrix times a vector")
 
 
+# Residuals ---------------------------------------------------------------------------------------
+
+
+def chosen(decision: Placement) -> list[str]:
+    return [operand.tensor for operand in decision.inputs]
+
+
 @pytest.mark.parametrize(("order", "producer"), [(("c", "x"), "Conv"), (("x", "c"), "ConvTranspose")])
-def test_the_residual_add_behind_a_convolution_is_quantized(order: tuple[str, str], producer: str) -> None:
+def test_only_the_residual_of_an_add_behind_a_convolution_is_quantized(order: tuple[str, str], producer: str) -> None:
     model = graph([node(producer, "x", "w", "c"), node("Add", *order, "y")], w=(16, 16, 3, 3))
     conv, add = decide(model)
     assert conv.quantized
-    assert add == Placement("n1", "Add", True, "")
-    assert set(candidate_tensors(model)) == {"x", "c"}
+    assert add.quantized
+    assert add.inputs == (QuantizedInput(order.index("x"), "x", 1.0),)
+    assert add.note == f"residual branch of the Add behind {producer} 'n0', input 'x' scale 0.00787 from minmax"
+    assert candidate_tensors(model) == ["x"]
+
+
+def test_of_two_convolutions_the_shorter_path_is_the_residual() -> None:
+    """As in a ResNet: the main path is fused with the Add, what comes from the downsampling shortcut is quantized."""
+    nodes = [
+        node("Conv", "x", "w", "a"),
+        node("Relu", "a", "r"),
+        node("Conv", "r", "w", "main"),
+        node("Conv", "x", "w", "short"),
+    ]
+    for operands in (("main", "short"), ("short", "main")):
+        model = graph([*nodes, node("Add", *operands, "y")], w=(16, 16, 1, 1))
+        assert chosen(decide(model)[-1]) == ["short"]
+        assert candidate_tensors(model) == ["x", "r", "short"]
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "said"),
     [
-        graph([node("Add", "x", "x", "y")]),
-        graph([node("Relu", "x", "r"), node("Add", "r", "x", "y")]),
-        graph([node("Conv", "x", "w", "c"), node("Add", "c", "b", "y")], w=(16, 16, 1, 1), b=(16, 1, 1)),
-        graph([node("Conv", "x", "w", "c"), node("Relu", "c", "r"), node("Add", "r", "x", "y")], w=(16, 16, 1, 1)),
+        (graph([node("Add", "x", "x", "y")]), "no convolution directly behind it"),
+        (graph([node("Relu", "x", "r"), node("Add", "r", "x", "y")]), "no convolution directly behind it"),
+        (
+            graph([node("Conv", "x", "w", "c"), node("Add", "c", "b", "y")], w=(16, 16, 1, 1), b=(16, 1, 1)),
+            "adds a constant",
+        ),
+        (
+            graph([node("Conv", "x", "w", "c"), node("Relu", "c", "r"), node("Add", "r", "x", "y")], w=(16, 16, 1, 1)),
+            "no convolution directly behind it",
+        ),
+        (
+            graph([node("Conv", "x", "w", "c"), node("Add", "c", "c", "y")], w=(16, 16, 1, 1)),
+            "the convolution's output is broadcast or read elsewhere",
+        ),
+        (
+            graph([node("Conv", "x", "w", "c"), node("Relu", "c", "r"), node("Add", "c", "r", "y")], w=(16, 16, 1, 1)),
+            "the convolution's output is broadcast or read elsewhere",
+        ),
+        (
+            graph([node("MatMul", "x", "w", "m"), node("Add", "m", "x", "y")], w=(64, 64)),
+            "no convolution directly behind it",
+        ),
+        (
+            graph([node("Conv", "x", "w", "c"), node("Add", "c", "x", "y")], w=(8, 8, 1, 1)),
+            "Conv 'n0' behind it stays in floating point",
+        ),
     ],
 )
-def test_other_adds_stay_out(model: onnx.ModelProto) -> None:
-    assert decide(model)[-1].reason == "not the residual Add of a convolution"
+def test_other_adds_stay_out(model: onnx.ModelProto, said: str) -> None:
+    add = decide(model)[-1]
+    assert add.op_type == "Add"
+    assert not add.quantized
+    assert add.inputs == ()
+    assert add.reason.startswith(said)
+
+
+def test_a_broadcast_residual_stays_out() -> None:
+    model = graph([node("Conv", "x", "w", "c"), node("Add", "c", "x", "y")], w=(16, 16, 1, 1))
+    with_shape(model, x=(2, 16, 1, 1), c=(2, 16, 8, 8), y=(2, 16, 8, 8))
+    assert decide(model)[-1].reason.startswith("the other operand is broadcast")
+    with_shape(model, x=(2, 16, 8, 8), c=(2, 16, 8, 8), y=(2, 16, 8, 8))
+    assert decide(model)[-1].quantized
+
+
+def test_a_product_of_a_single_row_stays_out() -> None:
+    for rows, out in (((1,), True), ((1, 1), True), ((None,), False), ((2,), False), ((1, 7), False)):
+        model = graph([node("MatMul", "x", "w", "y")], w=(64, 32))
+        with_shape(model, x=(*rows, 64))
+        assert (candidate_tensors(model) == []) == out
+        known = {"x": TensorRange(-1, 1, "minmax")}
+        assert place(model, QuantizeSection(), known, True)[0].reason.startswith("a vector times a matrix") == out
+
+
+# Regions -----------------------------------------------------------------------------------------
+
+
+def region(ranges: dict[str, float], *nodes: onnx.NodeProto, **settings: Any) -> dict[str, Placement]:
+    model = graph([*nodes], w=(16, 16, 1, 1), wide=(16, 32, 1, 1))
+    known = {name: TensorRange(-amax, amax, "entropy") for name, amax in ranges.items()}
+    assert set(candidate_tensors(model)) <= set(known)
+    return {d.node: d for d in place(model, QuantizeSection(**settings), known, True)}
+
+
+def test_an_operator_that_moves_values_shares_its_reader_s_scale() -> None:
+    for op_type in ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Identity"):
+        found = region({"p": 2.0}, node(op_type, "x", "p", name="move"), node("Conv", "p", "w", "y", name="conv"))
+        assert found["move"].quantized
+        assert found["move"].inputs == (QuantizedInput(0, "x", 2.0),)
+        assert found["conv"].inputs[0] == QuantizedInput(0, "p", 2.0)
+        assert found["move"].note == "moves INT8 values: scale 0.0157 shared by 'p', 'x'"
+        assert "shared by 'p', 'x'" in found["conv"].note
+
+
+def test_a_concat_takes_the_largest_of_its_branches() -> None:
+    nodes = (
+        node("Relu", "x", "a"),
+        node("Concat", "a", "x", "cat", axis=1, name="cat"),
+        node("Conv", "cat", "wide", "y", name="conv"),
+    )
+    found = region({"a": 1.0, "x": 1.5, "cat": 1.25}, *nodes)
+    assert [operand.amax for operand in found["cat"].inputs] == [1.5, 1.5]
+    assert found["conv"].inputs[0].amax == 1.5
+    assert region({"a": 0.0, "x": 1.5, "cat": 1.25}, *nodes)["cat"].quantized
+
+
+def test_a_chain_of_movers_is_one_region() -> None:
+    found = region(
+        {"a": 1.0, "b": 1.5, "r": 1.25},
+        node("Relu", "x", "a"),
+        node("MaxPool", "a", "b", name="pool"),
+        node("Concat", "a", "b", "cat", axis=1, name="cat"),
+        node("Reshape", "cat", "shape", "r", name="reshape"),
+        node("Conv", "r", "wide", "y", name="conv"),
+    )
+    scales = {operand.amax for d in found.values() for operand in d.inputs if operand.amax is not None}
+    assert scales == {1.5}
+    assert all(d.quantized for d in found.values())
+
+
+def test_a_region_that_would_cost_a_reader_a_bit_is_not_joined() -> None:
+    nodes = (
+        node("Relu", "x", "a"),
+        node("Concat", "a", "x", "cat", axis=1, name="cat"),
+        node("Conv", "cat", "wide", "c", name="one"),
+        node("Conv", "a", "w", "d", name="two"),
+        node("Concat", "c", "d", "y", axis=1, name="out"),
+    )
+    assert region({"a": 1.0, "x": 2.0, "cat": 2.0}, *nodes)["cat"].quantized
+    found = region({"a": 1.0, "x": 2.1, "cat": 2.1}, *nodes)
+    assert found["cat"].reason == "one scale would cost 'a' (largest value 1) over a bit: 'x' reaches 2.1"
+    assert found["two"].inputs[0].amax == 1.0
+    assert found["one"].inputs[0].amax == 2.1
+
+
+@pytest.mark.parametrize(
+    ("between", "said"),
+    [
+        ((node("AveragePool", "x", "p", name="move"),), None),
+        ((node("MaxPool", "x", "p", name="move"), node("Relu", "p", "r", name="relu")), "'p' feeds Relu 'relu', too"),
+        ((node("Concat", "x", "w", "p", axis=0, name="move"),), "an operand is a constant"),
+    ],
+)
+def test_what_does_not_share_a_scale(between: tuple[onnx.NodeProto, ...], said: str | None) -> None:
+    found = region({"p": 1.0, "x": 1.0}, *between, node("Conv", "p", "w", "y", name="conv"))
+    assert found["conv"].quantized
+    assert "move" not in found if said is None else found["move"].reason.startswith(said)
+
+
+def test_the_recipe_keeps_movers_out_too() -> None:
+    nodes = (node("MaxPool", "x", "p", name="pool"), node("Conv", "p", "w", "y", name="conv"))
+    excluded = region({"p": 1.0}, *nodes, op_types_to_exclude=("Max*",))["pool"]
+    assert excluded.reason == "MaxPool is excluded by quantize.op_types_to_exclude"
+    assert not region({"p": 1.0}, *nodes, op_types=("Conv",))["pool"].quantized
+
+
+def test_an_output_of_the_graph_stays_in_floating_point() -> None:
+    model = graph([node("MaxPool", "x", "p", name="pool"), node("Conv", "p", "w", "y", name="conv")], w=(16, 16, 1, 1))
+    model.graph.output.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, None))
+    pool, conv = decide(model)
+    assert conv.quantized
+    assert pool.reason == "'p' is an output of the graph, too"
+
+
+# Every node has a reason -------------------------------------------------------------------------
+
+
+def test_every_node_is_explained() -> None:
+    model = graph(
+        [
+            node("Conv", "x", "w", "c", group=16),
+            node("Relu", "c", "r"),
+            node("GlobalAveragePool", "r", "g"),
+            node("Flatten", "g", "f"),
+            node("Softmax", "f", "y"),
+        ],
+        w=(16, 1, 1, 1),
+    )
+    found = explain(model, decide(model))
+    assert [d.node for d in found] == ["n0", "n1", "n2", "n3", "n4"]
+    assert all(bool(d.note) == d.quantized and bool(d.reason) != d.quantized for d in found)
+    assert found[0].note == (
+        "weights per channel, input 'x' scale 0.00787 from minmax, depthwise: TensorRT has INT8 kernels for it"
+    )
+    assert found[2].reason == "an average does not commute with Q/DQ"
+    assert found[4].reason == "Softmax needs the range or the precision of floating point"
+
+
+@pytest.mark.parametrize(
+    ("made", "axis"),
+    [
+        (node("Conv", "x", "w", "y"), 0),
+        (node("ConvTranspose", "x", "w", "y"), 1),
+        (node("ConvTranspose", "x", "w", "y", group=2), None),
+        (node("Gemm", "x", "w", "y"), 1),
+        (node("Gemm", "x", "w", "y", transB=1), 0),
+        (node("MatMul", "x", "w", "y"), 3),
+    ],
+)
+def test_weights_have_a_scale_for_every_output_channel(made: onnx.NodeProto, axis: int | None) -> None:
+    model = graph([made], w=(16, 16, 16, 16))
+    (decision,) = decide(model)
+    assert decision.inputs[1] == QuantizedInput(1, "w", None, axis)
+    assert decide(model, per_channel=False)[0].inputs[1].axis is None
+
+
+# Ranges ------------------------------------------------------------------------------------------
 
 
 def test_a_tensor_without_a_range_keeps_its_node_out() -> None:
     assert place(CONV, QuantizeSection(), {}, True)[0].reason == "'x' has no calibrated range"
 
 
-def test_both_branches_of_an_add_need_a_range() -> None:
+def test_the_residual_needs_a_range() -> None:
     model = graph([node("Conv", "x", "w", "c"), node("Relu", "x", "r"), node("Add", "c", "r", "y")], w=(16, 16, 1, 1))
     known = {name: TensorRange(0, 1, "minmax") for name in ("x", "c")}
     conv, add = place(model, QuantizeSection(), known, True)
