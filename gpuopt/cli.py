@@ -50,6 +50,19 @@ class FormatChoice(str, Enum):
     qoperator = "qoperator"
 
 
+class EqualizeChoice(str, Enum):
+    auto = "auto"
+    off = "off"
+    cross_layer = "cross-layer"
+    smooth = "smooth"
+
+
+class BiasCorrectionChoice(str, Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 _debug = False
 _answered = False
 
@@ -142,6 +155,14 @@ def compile(  # noqa: A001 - the command's name
         bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
     ] = False,
     quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    equalize: Annotated[
+        EqualizeChoice | None,
+        typer.Option("--equalize", help="Even out channels before INT8. [default: auto: where it is measured to help]"),
+    ] = None,
+    bias_correction: Annotated[
+        BiasCorrectionChoice | None,
+        typer.Option("--bias-correction", help="Of INT8 layers. [default: auto: where it is measured to help]"),
+    ] = None,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
@@ -176,6 +197,8 @@ def compile(  # noqa: A001 - the command's name
         calibration_samples=calibration_samples,
         random_calibration=random_calibration,
         quant_format=_value(quant_format),
+        equalize=_value(equalize),
+        bias_correction=_value(bias_correction),
         min_cosine=min_cosine,
         opset=opset,
     )

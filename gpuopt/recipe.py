@@ -52,6 +52,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_switch(value: Any) -> Any:
+    # YAML reads a bare on or off as a boolean.
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 _Size = Annotated[int, Field(ge=1, strict=True)]
 ShapeField = Annotated[tuple[_Size, ...], BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -176,6 +181,13 @@ class QuantizeSection(Section):
     op_types_to_exclude: Names = ()
     nodes_to_exclude: Names = Field((), description="Node names; shell patterns such as '*/head/*'.")
     min_channels: int = Field(16, ge=1, description="A Conv with fewer channels on a side stays out of INT8.")
+    equalize: Annotated[Literal["auto", "off", "cross-layer", "smooth"], BeforeValidator(_as_switch)] = Field(
+        "auto", description="Move per-channel factors between layers; auto: where held-out samples gain."
+    )
+    smooth_alpha: float | None = Field(None, ge=0, le=1, description="Empty: 0.5; auto tries 0.25, 0.5 and 0.75.")
+    bias_correction: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)] = Field(
+        "auto", description="Take the mean error of INT8 layers out of their biases; auto: where held-out samples gain."
+    )
 
 
 class CastSection(Section):

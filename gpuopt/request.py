@@ -38,6 +38,8 @@ class Flags:
     calibration_samples: int | None = None
     random_calibration: bool = False
     quant_format: str | None = None
+    equalize: str | None = None
+    bias_correction: str | None = None
     min_cosine: float | None = None
     opset: int | None = None
 
@@ -62,6 +64,8 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "calibrate.samples": flags.calibration_samples,
         "calibrate.random": flags.random_calibration or None,
         "quantize.format": flags.quant_format,
+        "quantize.equalize": flags.equalize,
+        "quantize.bias_correction": flags.bias_correction,
         "verify.min_cosine": flags.min_cosine,
         "export.opset": flags.opset,
     }
