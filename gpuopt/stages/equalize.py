@@ -108,7 +108,7 @@ def _measured(model: onnx.ModelProto, sites: list[Site], context: StageContext) 
     if settings.equalize == "auto" and before is None:
         return _Choice({**facts, "reason": "nothing can be quantized, or no output shows the error"})
     maxima = trial.maxima(model, sites) if any(method == "smooth" for method, _ in methods) else {}
-    best: tuple[float, dict[str, Any], Equalized, bool] | None = None
+    best: tuple[tuple[bool, float], dict[str, Any], Equalized] | None = None
     tried = []
     for method, alpha in methods:
         if method == "cross-layer":
@@ -119,11 +119,14 @@ def _measured(model: onnx.ModelProto, sites: list[Site], context: StageContext) 
         row = {"method": method, "alpha": alpha if method == "smooth" else None, "sqnr_db_after": _rounded(after)}
         tried.append(row)
         gain = 0.0 if after is None or before is None else after.db - before.db
-        if best is None or gain > best[0]:
-            pays = after is not None and before is not None and after.gains_over(before, LEAST_GAIN_DB)
-            best = (gain, row, equalized, pays)
+        pays = after is not None and before is not None and after.gains_over(before, LEAST_GAIN_DB)
+        if best is None or (pays, gain) > best[0]:
+            best = ((pays, gain), row, equalized)
+        if method == "smooth" and alpha == _ALPHAS[0] and gain < LEAST_GAIN_DB / 2:
+            # A better alpha may lie beside the usual one, but hardly where that one is of no use.
+            break
     assert best is not None, "there is a method to try where there are sites"
-    _, row, equalized, pays = best
+    (pays, _), row, equalized = best
     facts.update(sqnr_db_before=_rounded(before), tried=tried)
     if settings.equalize == "auto" and not pays:
         reason = f"nothing gains {LEAST_GAIN_DB} dB on {split.held_out_count} held-out samples beyond chance"

@@ -46,6 +46,7 @@ def test_what_changed_runs_again_and_nothing_before(gpuopt: Gpuopt, model: Path,
 
     small.save_data(tmp_path / "calibration.npz", seed=1)
     data = run("--calibration-method", "minmax")
+    assert stages(data)["equalize"] is False
     assert stages(data)["calibrate"] is False
     assert "its input calibration data changed" in data.stderr
 

@@ -109,7 +109,7 @@ def test_auto_leaves_even_channels_alone(tmp_path: Path) -> None:
     facts = pipeline.run(equalize).facts
     assert (facts["applied"], facts["changed_nodes"], facts["sites"]) == (False, [], 2)
     assert "nothing gains" in facts["reason"]
-    assert len(facts["tried"]) == 4
+    assert [row["method"] for row in facts["tried"]][:2] == ["cross-layer", "smooth"]
     assert pipeline.graph("onnx") == pipeline.model
     assert folder_sha256(pipeline.artifacts["onnx"].path) == folder_sha256(tmp_path / "onnx")
 
