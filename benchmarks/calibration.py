@@ -145,11 +145,10 @@ def ours(model: Path, method: str, count: int) -> dict[str, float]:
     from gpuopt.calibration.run import RunOptions, Seen, calibrate
     from gpuopt.quantization import placement
     from gpuopt.recipe import CalibrateSection
-    from gpuopt.stages.calibrate import values_per_slice
 
     graph = onnx_model.with_types(onnx_model.load(model.parent))
     tensors = placement.candidate_tensors(graph)
-    collector = RangeCollector(method, values_per_slice=values_per_slice(CalibrateSection(), count))
+    collector = RangeCollector(method, values_per_slice=CalibrateSection().values_per_slice(count))
     samples, clock = Samples(count + 1), Clock()
 
     def seen(sample: Seen) -> None:

@@ -21,12 +21,13 @@ class Artifact:
     """A folder of files that a stage made.
 
     Attributes:
-        kind: what it is, by name: `samples`, `onnx`, `engine_onnx`, `reference`, `ranges`, `placement`,
-            `engine`, `verification`. `onnx` is what ONNX Runtime gets; engines are built from
+        kind: what it is, by name: `samples`, `onnx`, `float_onnx`, `engine_onnx`, `reference`, `ranges`,
+            `placement`, `engine`, `verification`. `onnx` is what ONNX Runtime gets; engines are built from
             `engine_onnx` where there is one, which is in INT8. They differ in the weights (INT8 numbers
             for ONNX Runtime; floating point, Q and DQ for TensorRT's builder to fold) and in the
             remainder: FP16 for TensorRT, FP32 for ONNX Runtime, which would round the biases to a grid
-            that FP16 cannot hold and runs FP16 slowly on a CPU.
+            that FP16 cannot hold and runs FP16 slowly on a CPU. `float_onnx` is the FP32 graph that INT8
+            was made from.
         path: the folder.
         sha256: hash over the relative paths and contents of its files.
     """

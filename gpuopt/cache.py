@@ -99,7 +99,8 @@ class Cache:
             except OSError:
                 # Another run was first, and its files are what lies there now; or it is a damaged entry.
                 if existing := self.lookup(parts):
-                    return existing
+                    # A stage without a key is filed by what it made: the same files, but facts of its own.
+                    return Entry(existing.artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
                 staged.rename(folder)
         artifacts = {kind: Artifact(kind, folder / kind, sha256_json(hashes[kind])) for kind in kinds}
         return Entry(artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])

@@ -50,6 +50,19 @@ class FormatChoice(str, Enum):
     qoperator = "qoperator"
 
 
+class EqualizeChoice(str, Enum):
+    auto = "auto"
+    off = "off"
+    cross_layer = "cross-layer"
+    smooth = "smooth"
+
+
+class BiasCorrectionChoice(str, Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 _debug = False
 _answered = False
 
@@ -120,6 +133,14 @@ StrictFlag = Annotated[
     bool, typer.Option("--strict-calibration", help="Findings about the calibration data are errors.")
 ]
 RandomFlag = Annotated[bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")]
+EqualizeOption = Annotated[
+    EqualizeChoice | None,
+    typer.Option("--equalize", help="Even out channels before INT8. [default: auto: where it is measured to help]"),
+]
+BiasCorrectionOption = Annotated[
+    BiasCorrectionChoice | None,
+    typer.Option("--bias-correction", help="Of INT8 layers. [default: auto: where it is measured to help]"),
+]
 OpsetOption = Annotated[int | None, typer.Option("--opset", help="[default: 20; 17 for TensorRT 8.5]")]
 NoCacheFlag = Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")]
 ExcludeNodesOption = Annotated[
@@ -184,6 +205,8 @@ def compile(  # noqa: A001 - the command's name
     quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
     nodes_to_exclude: ExcludeNodesOption = None,
     op_types_to_exclude: ExcludeTypesOption = None,
+    equalize: EqualizeOption = None,
+    bias_correction: BiasCorrectionOption = None,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
@@ -223,6 +246,8 @@ def compile(  # noqa: A001 - the command's name
         quant_format=_value(quant_format),
         nodes_to_exclude=tuple(nodes_to_exclude or ()),
         op_types_to_exclude=tuple(op_types_to_exclude or ()),
+        equalize=_value(equalize),
+        bias_correction=_value(bias_correction),
         min_cosine=min_cosine,
         opset=opset,
     )
@@ -260,6 +285,8 @@ def quantize(
     random_calibration: RandomFlag = False,
     nodes_to_exclude: ExcludeNodesOption = None,
     op_types_to_exclude: ExcludeTypesOption = None,
+    equalize: EqualizeOption = None,
+    bias_correction: BiasCorrectionOption = None,
     opset: OpsetOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print for every node: INT8 or floating point, and why.")
@@ -291,6 +318,8 @@ def quantize(
         random_calibration=random_calibration,
         nodes_to_exclude=tuple(nodes_to_exclude or ()),
         op_types_to_exclude=tuple(op_types_to_exclude or ()),
+        equalize=_value(equalize),
+        bias_correction=_value(bias_correction),
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])

@@ -54,6 +54,10 @@ def _is_int8(recipe: Recipe) -> bool:
     return recipe.precision == "int8"
 
 
+def _corrects_biases(recipe: Recipe) -> bool:
+    return _is_int8(recipe) and recipe.quantize.format == "qdq" and recipe.quantize.bias_correction != "off"
+
+
 def builds_engine(recipe: Recipe) -> bool:
     """Whether a target other than ONNX Runtime is asked for."""
     return any(target != "onnxruntime" for target in recipe.build.target)
@@ -76,6 +80,10 @@ STAGES = (
     ),
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
     Stage(
+        "equalize", ("onnx", "reference"), ("onnx", "float_onnx"),
+        ("calibrate", "inputs", "export.seed", "quantize", "cast.remainder"), _ORT, applies=_is_int8, sources=("data",),
+    ),
+    Stage(
         "calibrate", ("onnx", "reference"), ("ranges",),
         ("calibrate", "inputs", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
         applies=_is_int8, sources=("data",),
@@ -83,6 +91,11 @@ STAGES = (
     Stage(
         "quantize", ("onnx", "ranges?"), ("onnx", "engine_onnx", "placement"), ("quantize", "cast.remainder"), _ORT,
         applies=_is_int8,
+    ),
+    Stage(
+        "correct", ("onnx", "engine_onnx?", "float_onnx", "reference"), ("onnx", "engine_onnx"),
+        ("calibrate", "inputs", "export.seed", "quantize.bias_correction"), _ORT,
+        applies=_corrects_biases, sources=("data",),
     ),
     Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
     Stage(
@@ -288,13 +301,16 @@ class Runner:
         return sha256_json(found)
 
     def _data_fingerprint(self, stage: str) -> str | None:
+        from gpuopt.calibration.held_out import MOST_SAMPLES
         from gpuopt.calibration.reading import data_files
         from gpuopt.stages.samples import COUNT
 
         data, settings = self.recipe.calibrate.data, self.recipe.calibrate
         if data is None:
             return "none"
-        files = data_files(data, COUNT if stage == "samples" else settings.samples)
+        fewer = {"samples": COUNT, "equalize": min(MOST_SAMPLES, settings.samples)}
+        fewer["correct"] = fewer["equalize"]
+        files = data_files(data, fewer.get(stage, settings.samples))
         if files is None:
             return None
         with storage_errors("read", Path(data)):

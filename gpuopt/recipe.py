@@ -68,6 +68,13 @@ _MEMORY_UNITS = {
     for binary in ("", "i")
 }
 MemorySize = Annotated[int, BeforeValidator(_as_bytes), Field(ge=1)]
+
+
+def _as_switch(value: Any) -> Any:
+    # YAML reads a bare on or off as a boolean.
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 _Size = Annotated[int, Field(ge=1, strict=True)]
 ShapeField = Annotated[tuple[_Size, ...], BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -172,6 +179,10 @@ class ImageSection(Section):
     color: Literal["rgb", "bgr", "gray"] = "rgb"
 
 
+_FEWEST_VALUES = 1 << 14
+"""Of an activation and sample in a histogram, however many samples there are."""
+
+
 class CalibrateSection(Section):
     """Which data decides the INT8 ranges, and how."""
 
@@ -190,6 +201,10 @@ class CalibrateSection(Section):
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     strict: bool = Field(False, description="A finding of the data checks is an error.")
     images: ImageSection | None = None
+
+    def values_per_slice(self, samples: int) -> int:
+        """Values of an activation that each of so many samples adds to its histogram; 0: all of them."""
+        return self.values and max(_FEWEST_VALUES, -(-self.values // samples))
 
     @model_validator(mode="after")
     def _one_source(self) -> CalibrateSection:
@@ -210,6 +225,13 @@ class QuantizeSection(Section):
     op_types_to_exclude: Names = ()
     nodes_to_exclude: Names = Field((), description="Node names; shell patterns such as '*/head/*'.")
     min_channels: int = Field(16, ge=1, description="A Conv with fewer channels on a side stays out of INT8.")
+    equalize: Annotated[Literal["auto", "off", "cross-layer", "smooth"], BeforeValidator(_as_switch)] = Field(
+        "auto", description="Move per-channel factors between layers; auto: where held-out samples gain."
+    )
+    smooth_alpha: float | None = Field(None, ge=0, le=1, description="Empty: 0.5; auto tries 0.25, 0.5 and 0.75.")
+    bias_correction: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)] = Field(
+        "auto", description="Take the mean error of INT8 layers out of their biases; auto: where held-out samples gain."
+    )
 
 
 class CastSection(Section):

@@ -43,6 +43,8 @@ class Flags:
     quant_format: str | None = None
     nodes_to_exclude: tuple[str, ...] = ()
     op_types_to_exclude: tuple[str, ...] = ()
+    equalize: str | None = None
+    bias_correction: str | None = None
     min_cosine: float | None = None
     opset: int | None = None
 
@@ -72,6 +74,8 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "quantize.format": flags.quant_format,
         "quantize.nodes_to_exclude": list(flags.nodes_to_exclude) or None,
         "quantize.op_types_to_exclude": list(flags.op_types_to_exclude) or None,
+        "quantize.equalize": flags.equalize,
+        "quantize.bias_correction": flags.bias_correction,
         "verify.min_cosine": flags.min_cosine,
         "export.opset": flags.opset,
     }

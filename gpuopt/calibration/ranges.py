@@ -50,10 +50,12 @@ class RangesFile:
     Attributes:
         ranges: by tensor name, in the file's order.
         origin: one line for the report.
+        equalized: how the graph's channels were evened out before these ranges were found; empty: not at all.
     """
 
     ranges: Mapping[str, TensorRange]
     origin: str
+    equalized: str = ""
 
 
 def save(path: Path, ranges: Mapping[str, TensorRange], about: Mapping[str, Any]) -> None:
@@ -93,7 +95,8 @@ def read(path: Path) -> RangesFile:
     if not ranges:
         raise DataError(f"{path} holds no range", "Give the calibration.ranges.json of a bundle, or calibrate again.")
     known = [str(document[key]) for key in ("method", "data") if isinstance(document.get(key), str)]
-    return RangesFile(ranges, f"ranges file {path.name}" + (f" ({'; '.join(known)})" if known else ""))
+    origin = f"ranges file {path.name}" + (f" ({'; '.join(known)})" if known else "")
+    return RangesFile(ranges, origin, str(document.get("equalized") or ""))
 
 
 def _text(path: Path) -> str:

@@ -20,6 +20,8 @@ from gpuopt.calibration.statistics import GraphStatistics
 from gpuopt.errors import DataError, QuantizationError, RequirementError
 
 Feed = Mapping[str, Any]
+_MARGIN = 1.05
+"""What a prediction has to leave free: allocators round up."""
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -235,7 +237,7 @@ class _Run:
 
     def _fits(self, group: Sequence[str], sizes: _Sizes) -> bool:
         limit = self._options.max_memory
-        return limit is None or self._need(group, sizes) <= limit
+        return limit is None or self._need(group, sizes) <= limit / _MARGIN
 
     def _need(self, group: Sequence[str], sizes: _Sizes) -> int:
         made = [sizes.watched[name] for name in group if name not in self._inputs]

@@ -107,10 +107,37 @@ def _precision(report: Report) -> str:
         lines += [f"Repaired: {line}." for line in quantized.get("repaired", [])]
     elif calibrated:
         lines.append(f"Calibration: {calibrated['method']}, {calibrated['tensors']} tensors; {calibrated['data']}.")
+    lines += _channels(report)
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
         lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
     return "## Precision of the graph\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _channels(report: Report) -> list[str]:
+    """What equalisation and bias correction did, or why they did nothing."""
+    equalized, corrected = report.facts("equalize"), report.facts("correct")
+    lines = []
+    if equalized.get("applied"):
+        alpha = "" if equalized["alpha"] is None else f", alpha {equalized['alpha']:g}"
+        lines.append(
+            f"Equalisation: {equalized['method']}{alpha}, {len(equalized['changed_nodes'])} nodes scaled; "
+            + _gain(equalized, "sqnr_db_after")
+        )
+    elif equalized:
+        lines.append(f"Equalisation: none, {equalized['reason']}.")
+    if corrected.get("corrected_nodes"):
+        lines.append(f"Bias correction: {corrected['corrected_nodes']} nodes; {_gain(corrected, 'sqnr_db_corrected')}")
+    elif corrected:
+        lines.append(f"Bias correction: none, {corrected['reason']}.")
+    return lines
+
+
+def _gain(facts: dict[str, Any], after: str) -> str:
+    before, reached = facts.get("sqnr_db_before"), facts.get(after)
+    if before is None or reached is None:
+        return "its effect was not measured."
+    return f"SQNR {before:.1f} to {reached:.1f} dB on {facts['held_out']} held-out samples."
 
 
 def _accuracy(report: Report) -> str:

@@ -18,13 +18,10 @@ from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
 from gpuopt.errors import DataError, RequirementError
-from gpuopt.quantization import existing, placement
-from gpuopt.recipe import CalibrateSection
+from gpuopt.quantization import equalization, existing, placement
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file
 
-_FEWEST_VALUES = 1 << 14
-"""Of a tensor and sample in a histogram, however many samples there are."""
 _SECONDS_WORTH_TELLING = 2.0
 
 
@@ -55,11 +52,6 @@ def run(context: StageContext) -> StageOutcome:
     return _measure(context, model, tensors)
 
 
-def values_per_slice(settings: CalibrateSection, samples: int) -> int:
-    """Values of a tensor that each of so many samples adds to its histogram; 0: all of them."""
-    return settings.values and max(_FEWEST_VALUES, -(-settings.values // samples))
-
-
 def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[str]) -> StageOutcome:
     settings = context.recipe.calibrate
     if settings.random and settings.strict:
@@ -70,7 +62,7 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
     listener = _Listener(context, planned, DataChecks(list(first_layers.merged(stored, first_layers.of_graph(model)))))
     providers = execution_providers(settings.provider)
     options = RunOptions(planned, settings.max_memory, providers, listener.seen, listener.estimated)
-    share = values_per_slice(settings, planned)
+    share = settings.values_per_slice(planned)
     collector = RangeCollector(settings.method, settings.percentile, values_per_slice=share)
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
@@ -81,7 +73,12 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
     if found.samples == 0:
         raise DataError(f"{reader.description}: no samples", "Give at least one; a few hundred are usual.")
     findings = listener.findings()
-    about = {"method": settings.method, "samples": found.samples, "data": reader.description}
+    about = {
+        "method": settings.method,
+        "samples": found.samples,
+        "data": reader.description,
+        "equalized": equalization.mark_of(model),
+    }
     ranges.save(context.made("ranges") / ranges.RANGES_FILE, found.ranges, about)
     warnings = []
     if isinstance(reader, ImageFolder) and settings.images is None:
@@ -155,10 +152,16 @@ class _Listener:
 def _reuse(context: StageContext, path: Path, model: onnx.ModelProto, wanted: Sequence[str]) -> StageOutcome:
     """Make `ranges` of a file; no data are read."""
     file = ranges.read(path)
+    if file.equalized != equalization.mark_of(model):
+        made_for = f"a graph equalised by '{file.equalized}'" if file.equalized else "a graph that is not equalised"
+        raise DataError(
+            f"{file.origin} is for {made_for}, and this one is {equalization.mark_of(model) or 'not'}",
+            "Ranges can be used again for the same graph: make them and use them with --equalize off.",
+        )
     everything = {name for node in model.graph.node for name in (*node.input, *node.output)}
     fitting = reuse.match(file, wanted, everything)
     methods = ", ".join(dict.fromkeys(r.method for r in fitting.ranges.values()))
-    about = {"method": methods, "data": file.origin}
+    about = {"method": methods, "data": file.origin, "equalized": file.equalized}
     ranges.save(context.made("ranges") / ranges.RANGES_FILE, fitting.ranges, about)
     facts = {
         **about,

@@ -38,14 +38,15 @@ def test_what_changed_runs_again_and_nothing_before(gpuopt: Gpuopt, model: Path,
 
     method = run("--calibration-method", "minmax")
     assert stages(method) == {
-        "samples": True, "export": True, "simplify": True, "calibrate": False,
-        "quantize": False, "cast": False, "build": False, "verify": False,
+        "samples": True, "export": True, "simplify": True, "equalize": False, "calibrate": False,
+        "quantize": False, "correct": False, "cast": False, "build": False, "verify": False,
     }  # fmt: skip
     assert 'calibrate.method changed from "entropy" to "minmax"' in method.stderr
     assert "its input ranges changed" in method.stderr
 
     small.save_data(tmp_path / "calibration.npz", seed=1)
     data = run("--calibration-method", "minmax")
+    assert stages(data)["equalize"] is False
     assert stages(data)["calibrate"] is False
     assert "its input calibration data changed" in data.stderr
 
@@ -137,7 +138,7 @@ def test_dry_run_prints_a_recipe_that_reproduces_the_run(gpuopt: Gpuopt, model: 
     recipe = yaml.safe_load(dry.stdout)
     assert recipe["calibrate"]["method"] == "percentile"
     assert recipe["calibrate"]["percentile"] == 99.9
-    assert "4. calibrate" in dry.stdout
+    assert "5. calibrate" in dry.stdout
     assert not (tmp_path / "model.gpuopt").exists()
     (tmp_path / "recipe.yaml").write_text(dry.stdout)
     assert gpuopt("compile", model, *flags).code == 0

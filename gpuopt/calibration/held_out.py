@@ -1,0 +1,79 @@
+"""Calibration samples in two parts: some to choose by, others to judge the choice by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from gpuopt.calibration.readers.base import Feed
+from gpuopt.calibration.reading import open_for_model
+from gpuopt.shapes import TensorSpec
+from gpuopt.stages.context import StageContext
+
+MOST_SAMPLES = 64
+"""Samples that a measurement takes from the calibration data, spread over it."""
+
+FEWEST_SAMPLES = 16
+"""With fewer, a quarter held out decides nothing."""
+
+_HELD_OUT_EACH = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three of four samples to choose by, the fourth to judge by.
+
+    Attributes:
+        samples: gives the samples anew with each iteration, in the same order.
+        count: how many they are.
+        after_sample: called once for every sample that was taken.
+    """
+
+    samples: Iterable[Feed]
+    count: int
+    after_sample: Callable[[], None] = lambda: None
+
+    @property
+    def enough(self) -> bool:
+        """Whether a verdict can be based on them."""
+        return self.count >= FEWEST_SAMPLES
+
+    @property
+    def held_out_count(self) -> int:
+        """How many samples judge."""
+        return self.count // _HELD_OUT_EACH
+
+    def chosen_by(self) -> Iterable[Feed]:
+        """The samples that may decide ranges, factors and corrections."""
+        return self._part(False)
+
+    def held_out(self) -> Iterable[Feed]:
+        """The samples that judge."""
+        return self._part(True)
+
+    def _part(self, held_out: bool) -> Iterable[Feed]:
+        for index, feed in enumerate(itertools.islice(self.samples, self.count)):
+            if (index % _HELD_OUT_EACH == _HELD_OUT_EACH - 1) == held_out:
+                yield feed
+                self.after_sample()
+
+
+def open_split(context: StageContext, inputs: Sequence[TensorSpec], passes: int) -> Split:
+    """At most `MOST_SAMPLES` of the recipe's calibration data, or random ones, spread over it.
+
+    Args:
+        inputs: of the model.
+        passes: how often the samples will be run, for the progress bar.
+
+    Raises:
+        DataError: there are none, or the first do not fit the model.
+    """
+    settings = context.recipe.calibrate
+    fewer = settings.model_copy(update={"samples": min(settings.samples, MOST_SAMPLES)})
+    recipe = context.recipe.model_copy(update={"calibrate": fewer})
+    reader = open_for_model(replace(context, recipe=recipe), inputs)
+    # Code that yields samples does not say how many: they have to be counted.
+    count = reader.total if reader.total is not None else sum(1 for _ in itertools.islice(reader, fewer.samples))
+    done = itertools.count(1)
+    return Split(reader, count, lambda: context.progress.advance(min(next(done), passes * count), passes * count))
