@@ -61,6 +61,54 @@ CacheOption = Annotated[
     typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
 ]
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
+]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; flags are laid over it.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key: build.target=onnxruntime.")
+]
+FactoryOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODULE:FACTORY", help="Code of the model whose weights the file holds."),
+]
+TrustFlag = Annotated[bool, typer.Option("--trust-pickle", help="Let the model file run the code it carries.")]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
+]
+MinShapesOption = Annotated[
+    list[str] | None,
+    typer.Option("--min-shapes", metavar="NAME:SHAPE,...", help="Smallest shapes of dynamic inputs."),
+]
+OptShapesOption = Annotated[
+    list[str] | None,
+    typer.Option("--opt-shapes", metavar="NAME:SHAPE,...", help="Shapes the kernels are chosen for."),
+]
+MaxShapesOption = Annotated[
+    list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...", help="Largest shapes.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-data",
+        "-c",
+        help=".npz, folder of .npy / .npz / images, Polygraphy JSON, or package.module:callable. "
+        "[default: calibration.npz or calibration/ beside the model]",
+    ),
+]
+MethodOption = Annotated[MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")]
+SamplesOption = Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")]
+RandomFlag = Annotated[bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")]
+EvaluationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation-data", help="Like --calibration-data; it may hold labels. [default: the calibration data]"
+    ),
+]
+NoCacheFlag = Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -81,18 +129,13 @@ def _options(
 
 @app.command()
 def compile(  # noqa: A001 - the command's name
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
-    ] = None,
+    model: ModelArgument = None,
     precision: Annotated[PrecisionChoice | None, typer.Option("--precision", "-p", help="[default: int8]")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL.gpuopt beside the model]")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; flags are laid over it.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key: build.target=onnxruntime.")
-    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
     target: Annotated[
         list[TargetChoice] | None,
         typer.Option("--target", "-t", help="Repeatable. [default: TensorRT with a GPU, else TensorRT-RTX]"),
@@ -103,45 +146,37 @@ def compile(  # noqa: A001 - the command's name
             "--compute-capability", metavar="X.Y", help="TensorRT-RTX GPUs, repeatable. [default: 8.0 and newer]"
         ),
     ] = None,
-    factory: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODULE:FACTORY", help="Code of the model whose weights the file holds."),
-    ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Let the model file run the code it carries.")
-    ] = False,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", "-i", metavar="NAME:SHAPE[:DTYPE]", help="As in image:1x3x224x224 or ids:1x128:int64."),
-    ] = None,
-    min_shapes: Annotated[
-        list[str] | None,
-        typer.Option("--min-shapes", metavar="NAME:SHAPE,...", help="Smallest shapes of dynamic inputs."),
-    ] = None,
-    opt_shapes: Annotated[
-        list[str] | None,
-        typer.Option("--opt-shapes", metavar="NAME:SHAPE,...", help="Shapes the kernels are chosen for."),
-    ] = None,
-    max_shapes: Annotated[
-        list[str] | None, typer.Option("--max-shapes", metavar="NAME:SHAPE,...", help="Largest shapes.")
-    ] = None,
-    calibration_data: Annotated[
+    factory: FactoryOption = None,
+    trust_pickle: TrustFlag = False,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    calibration_data: DataOption = None,
+    calibration_method: MethodOption = None,
+    calibration_samples: SamplesOption = None,
+    random_calibration: RandomFlag = False,
+    quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    max_accuracy_drop: Annotated[
         str | None,
         typer.Option(
-            "--calibration-data",
-            "-c",
-            help=".npz, folder of .npy / .npz / images, Polygraphy JSON, or package.module:callable. "
-            "[default: calibration.npz or calibration/ beside the model]",
+            "--max-accuracy-drop",
+            metavar="SHARE",
+            help="0.5% or 0.005: nodes fall back to FP16 until the metric holds it.",
         ),
     ] = None,
-    calibration_method: Annotated[
-        MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="MODULE:FUNCTION",
+            help="Of predictions and labels, larger is better. [default: top-1 or cosine]",
+        ),
     ] = None,
-    calibration_samples: Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")] = None,
-    random_calibration: Annotated[
-        bool, typer.Option("--random-calibration", help="Random data, for smoke tests.")
-    ] = False,
-    quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    evaluation_data: EvaluationOption = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", help="An .npy file, or a key inside the .npz of --evaluation-data.")
+    ] = None,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
@@ -151,7 +186,7 @@ def compile(  # noqa: A001 - the command's name
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
     cache_dir: CacheOption = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")] = False,
+    no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -178,6 +213,10 @@ def compile(  # noqa: A001 - the command's name
         quant_format=_value(quant_format),
         min_cosine=min_cosine,
         opset=opset,
+        max_accuracy_drop=max_accuracy_drop,
+        metric=metric,
+        evaluation_data=evaluation_data,
+        labels=labels,
     )
     chosen = request.recipe(recipe, flags, settings or [])
     if dry_run:
@@ -188,6 +227,62 @@ def compile(  # noqa: A001 - the command's name
     with request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
+
+
+@app.command()
+def analyze(
+    model: ModelArgument = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for sensitivity.json and sensitivity.txt.")
+    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    factory: FactoryOption = None,
+    trust_pickle: TrustFlag = False,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    calibration_data: DataOption = None,
+    calibration_method: MethodOption = None,
+    calibration_samples: SamplesOption = None,
+    random_calibration: RandomFlag = False,
+    evaluation_data: EvaluationOption = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Evaluation samples. [default: 32]")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg, .png or .html.")
+    ] = None,
+    cache_dir: CacheOption = None,
+    no_cache: NoCacheFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show which layers cost accuracy in INT8, each quantized alone."""
+    from gpuopt import request
+    from gpuopt.analysis import analyze_model, write
+    from gpuopt.report import plot as plotting
+
+    flags = request.Flags(
+        model=model,
+        factory=factory,
+        trust_pickle=trust_pickle,
+        inputs=tuple(inputs or ()),
+        min_shapes=tuple(min_shapes or ()),
+        opt_shapes=tuple(opt_shapes or ()),
+        max_shapes=tuple(max_shapes or ()),
+        calibration_data=calibration_data,
+        calibration_method=_value(calibration_method),
+        calibration_samples=calibration_samples,
+        random_calibration=random_calibration,
+        evaluation_data=evaluation_data,
+        analyze_samples=samples,
+    )
+    if plot is not None:
+        plotting.check(plot)
+    with request.open_cache(cache_dir, no_cache) as store:
+        analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
+    write(analysis, output, plot)
+    _show_analysis(analysis.document, as_json, quiet)
 
 
 @app.command()
@@ -231,6 +326,21 @@ def _progress(quiet: bool) -> Progress:
     from gpuopt.progress import choose
 
     return choose(quiet)
+
+
+def _show_analysis(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    from gpuopt.report import sensitivity
+
+    if as_json:
+        import json
+
+        global _answered
+        _answered = True
+        typer.echo(json.dumps(document, indent=2))
+    elif sys.stdout.isatty() and not quiet:
+        sensitivity.show(document["sensitivity"])
+    elif not quiet:
+        typer.echo(sensitivity.render(document["sensitivity"]))
 
 
 def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:

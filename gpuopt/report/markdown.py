@@ -21,6 +21,7 @@ def render(report: Report) -> str:
         _engines(report),
         _interface(report),
         _precision(report),
+        _fallback(report),
         _accuracy(report),
         _export(report),
         _stages(report),
@@ -94,7 +95,8 @@ def _precision(report: Report) -> str:
     if quantized:
         lines.append(
             f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
-            f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs)."
+            f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs), "
+            f"{quantized['int8_macs_share']:.1%} of multiply-accumulates."
         )
         left: dict[str, list[str]] = {}
         for entry in quantized["kept_in_floating_point"]:
@@ -108,6 +110,31 @@ def _precision(report: Report) -> str:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
         lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
     return "## Precision of the graph\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _fallback(report: Report) -> str:
+    found = report.facts("fallback")
+    if not found:
+        return ""
+    figures = (
+        f"{found['metric']} over {found['samples']} samples ({found['data']}): {found['fp32']:.4f} in FP32, "
+        f"{found['int8']:.4f} all in INT8, {found['final']:.4f} as built; a drop of {found['max_drop']:g} is allowed."
+    )
+    if not found["fell_back"]:
+        return f"## Accuracy budget\n\n{figures} Nothing had to fall back."
+    share = (
+        f"INT8 has {found['int8_macs_share']:.1%} of the multiply-accumulates, "
+        f"{found['int8_macs_share_before']:.1%} before."
+    )
+    nodes = "\n".join(f"{place}. `{node}`" for place, node in enumerate(found["fell_back"], 1))
+    before, rows = found["int8"], []
+    for step in found["steps"]:
+        change, before = step["metric"] - before, step["metric"]
+        rows.append(
+            (len(step["in_fp16"]), f"{step['metric']:.4f}", f"{change:+.4f}", "holds" if step["held"] else "too low")
+        )
+    steps = table(("nodes in FP16", found["metric"], "change", "budget"), rows)
+    return "\n\n".join(["## Fallen back to FP16", f"{figures} {share}", f"In order of cost:\n\n{nodes}", steps])
 
 
 def _accuracy(report: Report) -> str:

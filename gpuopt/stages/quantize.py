@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gpuopt import onnx_model
+from gpuopt import onnx_model, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.calibration import ranges
 from gpuopt.errors import QuantizationError, described
-from gpuopt.quantization import placement, qdq
+from gpuopt.quantization import macs, placement, qdq, variants
+from gpuopt.stages import fallback
 from gpuopt.stages.context import StageContext
 
 
@@ -23,6 +24,7 @@ def run(context: StageContext) -> StageOutcome:
     fp16 = recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16"
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
     decisions = placement.place(model, recipe.quantize, known, fp16)
+    decisions = variants.without(decisions, fallback.load(context), variants.FELL_BACK)
     chosen = [decision for decision in decisions if decision.quantized]
     if not chosen:
         reasons = Counter(d.reason for d in decisions).most_common(2)
@@ -41,6 +43,8 @@ def run(context: StageContext) -> StageOutcome:
     if graphs.engine is not None:
         onnx_model.save(graphs.engine, context.made("engine_onnx"))
     onnx_model.save(graphs.runtime, context.made("onnx"))
+    stored = reference.load(context.folder("reference")) if "reference" in context.artifacts else None
+    work = macs.of_reference(model, stored, context.output / "shapes")
     operators = Counter(node.op_type for node in graphs.runtime.graph.node)
     facts = {
         "format": recipe.quantize.format,
@@ -52,5 +56,7 @@ def run(context: StageContext) -> StageOutcome:
         ],
         "qdq_pairs": operators["DequantizeLinear"],
         "scales_rounded_to_fp16": graphs.scales_rounded,
+        "macs": sum(work.values()),
+        "int8_macs_share": macs.share(work, [decision.node for decision in chosen]),
     }
     return StageOutcome(facts)
