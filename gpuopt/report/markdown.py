@@ -127,14 +127,21 @@ def _fallback(report: Report) -> str:
         f"{found['int8_macs_share_before']:.1%} before."
     )
     nodes = "\n".join(f"{place}. `{node}`" for place, node in enumerate(found["fell_back"], 1))
-    before, rows = found["int8"], []
-    for step in found["steps"]:
-        change, before = step["metric"] - before, step["metric"]
-        rows.append(
-            (len(step["in_fp16"]), f"{step['metric']:.4f}", f"{change:+.4f}", "holds" if step["held"] else "too low")
-        )
-    steps = table(("nodes in FP16", found["metric"], "change", "budget"), rows)
+    steps = table(("step", "nodes in FP16", found["metric"], "change", "budget"), _steps(found))
     return "\n\n".join(["## Fallen back to FP16", f"{figures} {share}", f"In order of cost:\n\n{nodes}", steps])
+
+
+def _steps(found: dict[str, Any]) -> Iterable[Sequence[Any]]:
+    """Every evaluation of the search: what it changed, and what that bought."""
+    value, fallen = found["int8"], list[str]()
+    for step in found["steps"]:
+        down = [node for node in step["in_fp16"] if node not in fallen]
+        back = [node for node in fallen if node not in step["in_fp16"]]
+        moves = [f"{_some(nodes)} to {where}" for nodes, where in ((down, "FP16"), (back, "INT8")) if nodes]
+        change = step["metric"] - value
+        value, fallen = step["metric"], step["in_fp16"]
+        verdict = "holds" if step["held"] else "too low"
+        yield "; ".join(moves), len(fallen), f"{value:.4f}", f"{change:+.4f}", verdict
 
 
 def _accuracy(report: Report) -> str:
