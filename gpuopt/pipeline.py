@@ -169,6 +169,7 @@ class Runner:
         self._run_name = run_name
         self._explain = explain
         self._artifacts: dict[str, Artifact] = {}
+        self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
@@ -277,7 +278,7 @@ class Runner:
             parts["input.model"] = fingerprint
         for source, name in (("data", "calibration data"), ("evaluation", "evaluation data")):
             if source in stage.sources:
-                fingerprint = self._data_fingerprint(*self._data(stage))
+                fingerprint = self._hash_once(*self._data(stage))
                 if fingerprint is None:
                     return None
                 parts[f"input.{name}"] = fingerprint
@@ -350,6 +351,12 @@ class Runner:
         if "data" in stage.sources:
             return calibrate.data, COUNT if stage.name == "samples" else calibrate.samples
         return None, None
+
+    def _hash_once(self, data: str | None, limit: int | None) -> str | None:
+        """`_data_fingerprint`: several stages read the same data, and that may be large."""
+        if (data, limit) not in self._data_hashes:
+            self._data_hashes[data, limit] = self._data_fingerprint(data, limit)
+        return self._data_hashes[data, limit]
 
     def _data_fingerprint(self, data: str | None, limit: int | None) -> str | None:
         from gpuopt.calibration.reading import data_files

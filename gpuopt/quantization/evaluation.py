@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from gpuopt.comparison import Distance
 from gpuopt.errors import DataError, UsageError, described
 from gpuopt.quantization.samples import StoredSamples, open_samples
 from gpuopt.recipe import AccuracySection
-from gpuopt.reference import Array
+from gpuopt.reference import Array, Feed
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
 
@@ -227,7 +227,7 @@ def open_evaluation(
     return Evaluation(reader, metric, stored, files)
 
 
-def _told(reader: SampleReader, advance: Advance) -> Any:
+def _told(reader: SampleReader, advance: Advance) -> Iterator[Feed]:
     for done, feed in enumerate(reader, 1):
         yield feed
         advance(done, reader.total)

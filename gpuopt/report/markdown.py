@@ -117,8 +117,8 @@ def _fallback(report: Report) -> str:
     if not found:
         return ""
     figures = (
-        f"{found['metric']} over {found['samples']} samples ({found['data']}): {found['fp32']:.4f} in FP32, "
-        f"{found['int8']:.4f} all in INT8, {found['final']:.4f} as built; a drop of {found['max_drop']:g} is allowed."
+        f"{found['metric']} over {found['samples']} samples ({found['data']}): {found['fp32']:.6g} in FP32, "
+        f"{found['int8']:.6g} all in INT8, {found['final']:.6g} as built; a drop of {found['max_drop']:g} is allowed."
     )
     if not found["fell_back"]:
         return f"## Accuracy budget\n\n{figures} Nothing had to fall back."
@@ -141,7 +141,7 @@ def _steps(found: dict[str, Any]) -> Iterable[Sequence[Any]]:
         change = step["metric"] - value
         value, fallen = step["metric"], step["in_fp16"]
         verdict = "holds" if step["held"] else "too low"
-        yield "; ".join(moves), len(fallen), f"{value:.4f}", f"{change:+.4f}", verdict
+        yield "; ".join(moves), len(fallen), f"{value:.6g}", f"{change:+.3g}", verdict
 
 
 def _accuracy(report: Report) -> str:

@@ -8,14 +8,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-HEAD = (
-    "rank",
-    "node",
-    "operator",
-    "SQNR alone, dB",
-    "output SQNR alone, dB",
-    "accumulated SQNR, dB",
-    "share of MACs",
+import yaml
+
+HEAD = ("rank", "node", "operator", "own", "output", "accumulated", "MACs")
+_LEGEND = (
+    "SQNR against FP32, dB. own, output: the node's and the model's output with this node alone in INT8; "
+    "accumulated: the node's\noutput with all nodes in INT8; empty: exact. MACs: share of the multiply-accumulates."
 )
 _NAMED = 3
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
@@ -59,15 +57,16 @@ def render(found: Mapping[str, Any]) -> str:
     table = [HEAD, *rows(found)]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in table]
-    return "\n".join([*lines, "", conclusion(found)])
+    return "\n".join([*lines, "", _LEGEND, "", conclusion(found)])
 
 
 def show(found: Mapping[str, Any]) -> None:
     """The same on a terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, caption=_LEGEND.replace("\n", " "), caption_justify="left")
     for column, name in enumerate(HEAD):
         table.add_column(name, justify="left" if column in (1, 2) else "right", overflow="fold")
     for row in rows(found):
@@ -91,4 +90,5 @@ def _decibels(value: float | None) -> str:
 def _as_yaml(name: str) -> str:
     """A name that YAML and the shell patterns of the setting read as it is."""
     literal = "".join(f"[{c}]" if c in "*?[" else c for c in name)
-    return literal if _PLAIN.fullmatch(literal) else json.dumps(literal)
+    plain = _PLAIN.fullmatch(literal) and yaml.safe_load(literal) == literal
+    return literal if plain else json.dumps(literal)

@@ -36,8 +36,8 @@ def render(report: Report, folder: str) -> str:
         count = len(budget["fell_back"])
         fell = f"{count} node{'s' if count > 1 else ''} fell back to FP16" if count else "nothing fell back"
         lines.append(
-            f"budget       {budget['metric']} {budget['final']:.4f} (FP32 {budget['fp32']:.4f}, "
-            f"all INT8 {budget['int8']:.4f}); {fell}"
+            f"budget       {budget['metric']} {budget['final']:.6g} (FP32 {budget['fp32']:.6g}, "
+            f"all INT8 {budget['int8']:.6g}); {fell}"
         )
     if report.verification:
         cosines = [row["cosine"] for row in report.verification["outputs"] if row["cosine"] is not None]

@@ -38,7 +38,9 @@ def run(context: StageContext) -> StageOutcome:
         value = evaluated.score(graph, scratch / "trial", context.progress.advance).value
         held = evaluation.within(before["fp32"], value, before["max_drop"])
         verdict = "holds" if held else "does not hold"
-        context.progress.line(f"fallback: {len(fallen)} nodes in FP16: {before['metric']} {value:.4f}, {verdict}")
+        context.progress.line(
+            f"fallback: {len(fallen)} of {len(subject.nodes)} in FP16: {before['metric']} {value:.6g}, {verdict}"
+        )
         return Trial(fallen, value, held)
 
     trials = budget.search(
@@ -73,9 +75,9 @@ def _out_of_reach(before: dict[str, float], trials: list[Trial], nodes: int) -> 
     nearest = max([Trial((), before["int8"], False), *trials], key=lambda trial: trial.value)
     missing = before["fp32"] - nearest.value - before["max_drop"]
     return AccuracyError(
-        f"the accuracy budget cannot be held: {before['metric']} is {before['fp32']:.4f} in FP32, "
-        f"{before['int8']:.4f} in INT8 and at best {nearest.value:.4f}, with {len(nearest.fallen)} of {nodes} nodes "
-        f"in FP16: {missing:.4f} too low for a drop of {before['max_drop']:g}",
+        f"the accuracy budget cannot be held: {before['metric']} is {before['fp32']:.6g} in FP32, "
+        f"{before['int8']:.6g} in INT8 and at best {nearest.value:.6g}, with {len(nearest.fallen)} of {nodes} nodes "
+        f"in FP16: {missing:.3g} too low for a drop of {before['max_drop']:g}",
         "Allow a larger --max-accuracy-drop, calibrate with more data or another --calibration-method,\n"
         "or use --precision fp16.",
     )
