@@ -44,12 +44,12 @@ class StageOutcome:
     Attributes:
         facts: for the report; JSON values only.
         warnings: one line each, for the report and the terminal.
-        dependencies: files of the user's own code that the result depends on.
+        dependencies: files of the user's own code that the result depends on; None if the stage ran none.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    dependencies: tuple[str, ...] = ()
+    dependencies: tuple[str, ...] | None = None
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:

@@ -3,7 +3,8 @@
     <cache>/entries/<key>/entry.json     what made it, what it says, the hashes of its files
     <cache>/entries/<key>/<kind>/...     the artifacts
     <cache>/last/<run>.json              the key parts of the last run, for --explain
-    <cache>/sources/<source>.json        the files of user code behind a factory
+    <cache>/sources/<source>.json        the files of user code behind a factory or a metric
+    <cache>/journals/<key>.jsonl         what a stage that was interrupted had finished
 
 An entry appears by one rename and is never changed afterwards. A reader hashes its files; an entry
 that does not match is put aside and made again.
@@ -102,8 +103,13 @@ class Cache:
                     # A stage without a key is filed by what it made: the same files, but facts of its own.
                     return Entry(existing.artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
                 staged.rename(folder)
+        self.journal(parts).unlink(missing_ok=True)
         artifacts = {kind: Artifact(kind, folder / kind, sha256_json(hashes[kind])) for kind in kinds}
         return Entry(artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
+
+    def journal(self, parts: KeyParts) -> Path:
+        """Where a long stage notes what it has finished, to go on there; gone once its result is stored."""
+        return self.folder / "journals" / f"{sha256_json(dict(parts))}.jsonl"
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A context with a new folder on the cache's file system."""
@@ -123,7 +129,7 @@ class Cache:
     def clear(self) -> int:
         """Delete every entry and document; gives the number of entries deleted."""
         count = len(list((self.folder / "entries").glob("*")))
-        for name in ("entries", "last", "sources", "scratch"):
+        for name in ("entries", "last", "sources", "journals", "scratch"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return count
 

@@ -142,6 +142,12 @@ BiasCorrectionOption = Annotated[
     typer.Option("--bias-correction", help="Of INT8 layers. [default: auto: where it is measured to help]"),
 ]
 OpsetOption = Annotated[int | None, typer.Option("--opset", help="[default: 20; 17 for TensorRT 8.5]")]
+EvaluationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation-data", help="Like --calibration-data; it may hold labels. [default: the calibration data]"
+    ),
+]
 NoCacheFlag = Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")]
 ExcludeNodesOption = Annotated[
     list[str] | None,
@@ -207,6 +213,26 @@ def compile(  # noqa: A001 - the command's name
     op_types_to_exclude: ExcludeTypesOption = None,
     equalize: EqualizeOption = None,
     bias_correction: BiasCorrectionOption = None,
+    max_accuracy_drop: Annotated[
+        str | None,
+        typer.Option(
+            "--max-accuracy-drop",
+            metavar="SHARE",
+            help="0.5% or 0.005: nodes fall back to FP16 until the metric holds it.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="MODULE:FUNCTION",
+            help="Of predictions and labels, larger is better. [default: top-1 or cosine]",
+        ),
+    ] = None,
+    evaluation_data: EvaluationOption = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", help="An .npy file, or a key inside the .npz of --evaluation-data.")
+    ] = None,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
@@ -250,6 +276,10 @@ def compile(  # noqa: A001 - the command's name
         bias_correction=_value(bias_correction),
         min_cosine=min_cosine,
         opset=opset,
+        max_accuracy_drop=max_accuracy_drop,
+        metric=metric,
+        evaluation_data=evaluation_data,
+        labels=labels,
     )
     chosen = request.recipe(recipe, flags, settings or [])
     if dry_run:
@@ -336,6 +366,74 @@ def quantize(
 
 
 @app.command()
+def analyze(
+    model: ModelArgument = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for sensitivity.json and sensitivity.txt.")
+    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    factory: FactoryOption = None,
+    trust_pickle: TrustFlag = False,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    calibration_data: DataOption = None,
+    calibration_method: MethodOption = None,
+    calibration_samples: SamplesOption = None,
+    max_calibration_memory: MemoryOption = None,
+    calibration_ranges: RangesOption = None,
+    strict_calibration: StrictFlag = False,
+    random_calibration: RandomFlag = False,
+    nodes_to_exclude: ExcludeNodesOption = None,
+    op_types_to_exclude: ExcludeTypesOption = None,
+    equalize: EqualizeOption = None,
+    evaluation_data: EvaluationOption = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Evaluation samples. [default: 32]")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg, .png or .html.")
+    ] = None,
+    cache_dir: CacheOption = None,
+    no_cache: NoCacheFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show which layers cost accuracy in INT8, each quantized alone."""
+    from gpuopt import request
+    from gpuopt.analysis import analyze_model, write
+    from gpuopt.report import plot as plotting
+
+    flags = request.Flags(
+        model=model,
+        factory=factory,
+        trust_pickle=trust_pickle,
+        inputs=tuple(inputs or ()),
+        min_shapes=tuple(min_shapes or ()),
+        opt_shapes=tuple(opt_shapes or ()),
+        max_shapes=tuple(max_shapes or ()),
+        calibration_data=calibration_data,
+        calibration_method=_value(calibration_method),
+        calibration_samples=calibration_samples,
+        max_calibration_memory=max_calibration_memory,
+        calibration_ranges=calibration_ranges,
+        strict_calibration=strict_calibration,
+        random_calibration=random_calibration,
+        nodes_to_exclude=tuple(nodes_to_exclude or ()),
+        op_types_to_exclude=tuple(op_types_to_exclude or ()),
+        equalize=_value(equalize),
+        evaluation_data=evaluation_data,
+        analyze_samples=samples,
+    )
+    if plot is not None:
+        plotting.check(plot)
+    with request.open_cache(cache_dir, no_cache) as store:
+        analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
+    write(analysis, output, plot)
+    _show_analysis(analysis.document, as_json, quiet)
+
+
+@app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
     as_json: JsonFlag = False,
@@ -376,6 +474,21 @@ def _progress(quiet: bool) -> Progress:
     from gpuopt.progress import choose
 
     return choose(quiet)
+
+
+def _show_analysis(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    from gpuopt.report import sensitivity
+
+    if as_json:
+        import json
+
+        global _answered
+        _answered = True
+        typer.echo(json.dumps(document, indent=2))
+    elif sys.stdout.isatty() and not quiet:
+        sensitivity.show(document["sensitivity"])
+    elif not quiet:
+        typer.echo(sensitivity.render(document["sensitivity"]))
 
 
 def _shown(folder: Path) -> str:

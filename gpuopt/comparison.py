@@ -80,6 +80,58 @@ def compare(actual: Array, expected: Array) -> dict[str, Any]:
     return figures
 
 
+class Distance:
+    """How far an output is from what is expected, over any number of samples: sums in float64, no arrays."""
+
+    def __init__(self) -> None:
+        self._signal = self._error = self._dot = self._other = 0.0
+        self._finite = True
+        self._is_float = True
+
+    def add(self, actual: Array, expected: Array) -> None:
+        """Take in one sample; both arrays have one shape and dtype kind."""
+        if actual.shape != expected.shape:
+            self._finite = False
+            return
+        if expected.dtype.kind != "f":
+            self._is_float = False
+            self._signal += expected.size
+            self._error += float(np.count_nonzero(actual != expected))
+            return
+        got, want = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+        usable = np.isfinite(got) & np.isfinite(want)
+        if not usable.all():
+            self._finite &= bool(np.array_equal(got[~usable], want[~usable], equal_nan=True))
+            got, want = got[usable], want[usable]
+        difference = got - want
+        self._signal += float(want @ want)
+        self._other += float(got @ got)
+        self._dot += float(got @ want)
+        self._error += float(difference @ difference)
+
+    @property
+    def relative_error(self) -> float:
+        """Error power over signal power (of values that are no floats: the share that differs); infinite
+        where NaN or infinity stands in the place of a number."""
+        if not self._finite:
+            return math.inf
+        if self._error == 0:
+            return 0.0
+        return self._error / self._signal if self._signal > 0 else math.inf
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10 log10(signal power / error power); None where exact, undefined or no floats."""
+        ratio = self.relative_error
+        return -10 * math.log10(ratio) if self._is_float and 0 < ratio < math.inf else None
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine similarity of all samples as one vector; None where undefined or no floats."""
+        norm = math.sqrt(self._signal) * math.sqrt(self._other)
+        return min(1.0, self._dot / norm) if self._is_float and self._finite and norm > 0 else None
+
+
 def problem(figures: Mapping[str, Any], limits: Limits) -> str:
     """Which limit the figures of `compare` miss, in words; empty if none."""
     if not figures["shape_equal"]:

@@ -73,6 +73,9 @@ def with_defaults(recipe: Recipe) -> Recipe:
     tree["build"]["target"] = list(dict.fromkeys(targets))
     tree["calibrate"]["data"] = data
     tree["calibrate"]["ranges"] = ranges
+    for key, value in (("data", recipe.accuracy.data), ("labels", recipe.accuracy.labels)):
+        if value is not None and Path(value).expanduser().exists():
+            tree["accuracy"][key] = str(Path(value).expanduser().resolve())
     tree["output"]["directory"] = str(bundle_folder(recipe).absolute())
     if recipe.model.path:
         tree["model"]["path"] = str(Path(recipe.model.path).absolute())
@@ -204,7 +207,7 @@ def _report(
 ) -> Report:
     results = runner.results if runner else []
     at_work = runner.at_work.label if runner and runner.at_work else None
-    if isinstance(error, AccuracyError):
+    if at_work is None and isinstance(error, AccuracyError):
         at_work = "verify"
     facts: dict[str, Any] = {}
     for result in results:

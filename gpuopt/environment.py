@@ -34,6 +34,7 @@ _INSTALL = {
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13 (x86-64 Linux or Windows)",
     "tensorrt": "pip install tensorrt (needs an NVIDIA GPU and its driver to build)",
     "PIL": "pip install pillow",
+    "matplotlib": "pip install 'gpuopt[plot]'",
 }
 
 

@@ -293,6 +293,23 @@ def with_types(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(model)
 
 
+def watching(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy whose outputs are the model's and these tensors; names that no node makes are left out.
+
+    A tensor whose type the graph does not state is taken for float32.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    made = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
+    known = {value.name: value for value in [*model.graph.value_info, *model.graph.input]}
+    outputs = {value.name for value in model.graph.output}
+    for name in dict.fromkeys(tensors):
+        if name in made and name not in outputs:
+            untyped = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            copy.graph.output.append(known.get(name, untyped))
+    return copy
+
+
 def float_tensors(model: onnx.ModelProto) -> set[str]:
     """Names of the tensors known to be float32, initializers left out."""
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
 from gpuopt.errors import DataError, GpuoptError, StorageError
 from gpuopt.progress import Progress
-from gpuopt.recipe import ModelSection, Recipe
+from gpuopt.recipe import FACTORY_PATTERN, AccuracySection, ModelSection, Recipe
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, sha256_json, storage_errors
 from gpuopt.worker import Worker
@@ -36,7 +37,7 @@ class Stage:
         sections: parts of the recipe it reads, as `section` or `section.field`.
         packages: distributions whose version can change its result.
         applies: whether a recipe wants the stage.
-        sources: what it reads beside artifacts: `model`, `data`.
+        sources: what it reads beside artifacts: `model`, `data` (for calibration), `evaluation` (data), `metric`.
         per_target: whether it runs once for each engine target.
     """
 
@@ -68,7 +69,14 @@ def _has_fp16(recipe: Recipe) -> bool:
     return recipe.precision == "fp16" or remainder
 
 
+def _has_budget(recipe: Recipe) -> bool:
+    return _is_int8(recipe) and recipe.accuracy.max_drop is not None
+
+
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
+
+_INT8 = ("quantize", "cast.remainder")
+_EVALUATION = ("inputs", "calibrate.images", "calibrate.random", "export.seed")
 
 STAGES = (
     Stage(
@@ -88,8 +96,22 @@ STAGES = (
         ("calibrate", "inputs", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
+    # The three below decide what falls back to FP16; where the budget holds, the last two have nothing to do.
     Stage(
-        "quantize", ("onnx", "ranges?"), ("onnx", "engine_onnx", "placement"), ("quantize", "cast.remainder"), _ORT,
+        "measure", ("onnx", "ranges?", "reference"), ("accuracy", "held"), (*_INT8, *_EVALUATION, "accuracy"),
+        _ORT, applies=_has_budget, sources=("evaluation", "metric"),
+    ),
+    Stage(
+        "analyze", ("onnx", "ranges?", "reference", "held?"), ("sensitivity",),
+        (*_INT8, *_EVALUATION, "analyze.samples"), _ORT,
+        applies=lambda recipe: _has_budget(recipe) or recipe.analyze.enabled, sources=("evaluation",),
+    ),
+    Stage(
+        "fallback", ("onnx", "ranges?", "reference", "accuracy", "sensitivity?"), ("fallback",),
+        (*_INT8, *_EVALUATION, "accuracy"), _ORT, applies=_has_budget, sources=("evaluation", "metric"),
+    ),
+    Stage(
+        "quantize", ("onnx", "ranges?", "reference?", "fallback?"), ("onnx", "engine_onnx", "placement"), _INT8, _ORT,
         applies=_is_int8,
     ),
     Stage(
@@ -161,6 +183,7 @@ class Runner:
         self._run_name = run_name
         self._explain = explain
         self._artifacts: dict[str, Artifact] = {}
+        self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
@@ -192,7 +215,8 @@ class Runner:
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
-        reason = "its data comes from code, which runs each time" if "data" in step.stage.sources else "first run"
+        has_data, known = self._data(step.stage)[0], self._metric_fingerprint() is not None
+        reason = "its data comes from code, which runs each time" if has_data and known else "first run"
         if parts is not None:
             entry = self.cache.lookup(parts)
             if entry:
@@ -203,12 +227,12 @@ class Runner:
             staged = scratch / "result"
             with storage_errors("write in", scratch):
                 staged.mkdir()
-                outcome, seconds = worker.run(step.stage.name, self._context(step, staged))
+                outcome, seconds = worker.run(step.stage.name, self._context(step, staged, parts))
                 for leftover in staged.iterdir():
                     if leftover.name not in step.stage.makes:
                         _remove(leftover)
-            if "model" in step.stage.sources and _runs_user_code(self.recipe.model):
-                self.cache.remember("sources", _code_name(self.recipe.model), list(outcome.dependencies))
+            if outcome.dependencies is not None:
+                self.cache.remember("sources", self._code(step.stage), list(outcome.dependencies))
                 # Which files the code is made of is known only now.
                 parts = self._parts(step)
             parts = parts or {"stage": step.label, "content": folder_sha256(staged)}
@@ -217,14 +241,16 @@ class Runner:
         self._key_parts[step.label] = parts
         return StepResult(step, entry, False, reason)
 
-    def _context(self, step: Step, staged: Path) -> StageContext:
+    def _context(self, step: Step, staged: Path, parts: Mapping[str, str] | None) -> StageContext:
         return StageContext(
             recipe=self.recipe.restricted_to(step.stage.sections),
             artifacts=self._inputs(step.stage),
             output=staged,
             progress=self.progress,
-            data=self.recipe.calibrate.data if "data" in step.stage.sources else None,
+            data=self._data(step.stage)[0],
+            samples=self._data(step.stage)[1],
             target=step.target,
+            journal=self.cache.journal(parts) if parts is not None else None,
         )
 
     def _inputs(self, stage: Stage) -> dict[str, Artifact]:
@@ -268,11 +294,20 @@ class Runner:
             ranges = Path(self.recipe.calibrate.ranges)
             with storage_errors("read", ranges):
                 parts["input.calibration ranges"] = sha256_file(ranges)
-        elif "data" in stage.sources:
-            fingerprint = self._data_fingerprint(stage.name)
+        elif "data" in stage.sources or "evaluation" in stage.sources:
+            kind = "calibration" if "data" in stage.sources else "evaluation"
+            fingerprint = self._hash_once(*self._data(stage))
             if fingerprint is None:
                 return None
-            parts["input.calibration data"] = fingerprint
+            parts[f"input.{kind} data"] = fingerprint
+        if "evaluation" in stage.sources:
+            source = "accuracy.data" if self.recipe.accuracy.data else "calibrate.data"
+            parts["evaluation samples"] = f"{self._data(stage)[1]} of {source}"
+        if "metric" in stage.sources:
+            fingerprint = self._metric_fingerprint()
+            if fingerprint is None:
+                return None
+            parts["input.metric"] = fingerprint
         return parts
 
     def _setting(self, section: str) -> Any:
@@ -280,7 +315,11 @@ class Runner:
         for name in section.split("."):
             value = value[name]
         # Where the model and the data lie is no part of what they are, nor is how much memory there is.
-        dropped = {"model": ("path",), "calibrate": ("data", "ranges", "max_memory")}.get(section, ())
+        dropped = {
+            "model": ("path",),
+            "calibrate": ("data", "ranges", "max_memory"),
+            "accuracy": ("data",),
+        }.get(section, ())
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     def _model_fingerprint(self) -> str | None:
@@ -289,28 +328,67 @@ class Runner:
         if model.path:
             found["file"] = model_sha256(Path(model.path))
         if _runs_user_code(model):
-            files = self.cache.recall("sources", _code_name(model))
-            if not isinstance(files, list):
+            found["code"] = self._code_fingerprint(_code_name(model.factory, model.path), model.factory)
+            if found["code"] is None:
                 return None
-            try:
-                found["code"] = {name: sha256_file(Path(name)) for name in files}
-            except OSError:
-                return None
-            package = (model.factory or "").partition(":")[0].partition(".")[0]
-            found["package"] = environment.version_of(package) if package else None
         return sha256_json(found)
 
-    def _data_fingerprint(self, stage: str) -> str | None:
+    def _metric_fingerprint(self) -> str | None:
+        metric, labels = self.recipe.accuracy.metric, self.recipe.accuracy.labels
+        found: dict[str, Any] = {}
+        if labels and Path(labels).is_file():
+            with storage_errors("read", Path(labels)):
+                found["labels"] = sha256_file(Path(labels))
+        if metric:
+            found["code"] = self._code_fingerprint(_code_name("metric", metric), metric)
+            if found["code"] is None:
+                return None
+        return sha256_json(found)
+
+    def _code_fingerprint(self, name: str, function: str | None) -> dict[str, Any] | None:
+        files = self.cache.recall("sources", name)
+        if not isinstance(files, list):
+            return None
+        package = (function or "").partition(":")[0].partition(".")[0]
+        try:
+            hashes = {file: sha256_file(Path(file)) for file in files}
+        except OSError:
+            return None
+        return {"files": hashes, "package": environment.version_of(package) if package else None}
+
+    def _code(self, stage: Stage) -> str:
+        """What the user's code that a stage runs is remembered by."""
+        if "metric" in stage.sources:
+            return _code_name("metric", self.recipe.accuracy.metric)
+        return _code_name(self.recipe.model.factory, self.recipe.model.path)
+
+    def _data(self, stage: Stage) -> tuple[str | None, int | None]:
+        """The data that a stage reads, and how many samples of it at most (None: all)."""
         from gpuopt.calibration.held_out import MOST_SAMPLES
-        from gpuopt.calibration.reading import data_files
         from gpuopt.stages.samples import COUNT
 
-        data, settings = self.recipe.calibrate.data, self.recipe.calibrate
+        calibrate, accuracy = self.recipe.calibrate, self.recipe.accuracy
+        if "evaluation" in stage.sources:
+            wanted = self.recipe.analyze.samples if stage.name == "analyze" else accuracy.samples
+            return accuracy.data or calibrate.data, wanted or (None if accuracy.data else calibrate.samples)
+        if "data" in stage.sources:
+            some = min(MOST_SAMPLES, calibrate.samples)
+            limits = {"samples": COUNT, "equalize": some, "correct": some}
+            return calibrate.data, limits.get(stage.name, calibrate.samples)
+        return None, None
+
+    def _hash_once(self, data: str | None, limit: int | None) -> str | None:
+        """`_data_fingerprint`: several stages read the same data, and that may be large."""
+        if (data, limit) not in self._data_hashes:
+            self._data_hashes[data, limit] = self._data_fingerprint(data, limit)
+        return self._data_hashes[data, limit]
+
+    def _data_fingerprint(self, data: str | None, limit: int | None) -> str | None:
+        from gpuopt.calibration.reading import data_files
+
         if data is None:
             return "none"
-        fewer = {"samples": COUNT, "equalize": min(MOST_SAMPLES, settings.samples)}
-        fewer["correct"] = fewer["equalize"]
-        files = data_files(data, fewer.get(stage, settings.samples))
+        files = data_files(data, limit)
         if files is None:
             return None
         with storage_errors("read", Path(data)):
@@ -321,9 +399,9 @@ def _runs_user_code(model: ModelSection) -> bool:
     return bool(model.factory) or model.trust_pickle
 
 
-def _code_name(model: ModelSection) -> str:
+def _code_name(*words: str | None) -> str:
     """The same words mean other code in another folder or on another path."""
-    return json.dumps([model.factory, model.path, str(Path.cwd()), os.environ.get("PYTHONPATH")])
+    return json.dumps([*words, str(Path.cwd()), os.environ.get("PYTHONPATH")])
 
 
 def model_sha256(path: Path) -> str:
@@ -346,7 +424,8 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
-        DataError: INT8 without data or ranges, or with ranges that cannot be read.
+        DataError: INT8 without data or ranges, or with ranges that cannot be read; evaluation data or labels that are
+            not there.
         StorageError: the model file is not there.
     """
     from gpuopt.model_file import ModelKind, detect
@@ -366,6 +445,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
         environment.require("safetensors", "reading safetensors")
     if recipe.simplify.enabled:
         environment.require("onnxslim", "simplifying the graph")
+    _check_evaluation(recipe.accuracy)
     calibrate = recipe.calibrate
     if recipe.precision == "int8" and calibrate.ranges is not None:
         from gpuopt.calibration import ranges
@@ -389,6 +469,26 @@ def _holds_quantization(model: ModelSection, kind: ModelKind) -> bool:
     from gpuopt.quantization.existing import file_holds_quantization
 
     return file_holds_quantization(Path(model.path), kind)
+
+
+def _check_evaluation(accuracy: AccuracySection) -> None:
+    data, labels = accuracy.data, accuracy.labels
+    if data is not None and not Path(data).exists() and not FACTORY_PATTERN.match(data):
+        raise DataError(
+            f"evaluation data '{data}' does not exist",
+            "Give a path or package.module:callable, as for --calibration-data.",
+        )
+    if labels is None or Path(labels).is_file():
+        return
+    keys: list[str] = []
+    if data is not None and zipfile.is_zipfile(data):
+        with zipfile.ZipFile(data) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+    if labels not in keys:
+        raise DataError(
+            f"labels '{labels}' are neither a file nor an array of the evaluation data",
+            "Give --labels PATH.npy, or the name of an array in the .npz of --evaluation-data.",
+        )
 
 
 @functools.cache

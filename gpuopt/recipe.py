@@ -48,6 +48,15 @@ def _as_shape(value: Any) -> Any:
     return value
 
 
+def _as_share(value: Any) -> Any:
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        try:
+            return float(value.rstrip().removesuffix("%")) / 100
+        except ValueError as error:
+            raise ValueError("write a share as 0.5% or 0.005") from error
+    return value
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -234,6 +243,40 @@ class QuantizeSection(Section):
     )
 
 
+class AnalyzeSection(Section):
+    """Which layers cost accuracy in INT8, each quantized alone."""
+
+    enabled: bool = Field(False, description="'gpuopt analyze' sets it; an accuracy budget analyzes where it has to.")
+    samples: int = Field(32, ge=1, description="At most this many samples of accuracy.data or calibrate.data.")
+
+
+class AccuracySection(Section):
+    """How much accuracy INT8 may cost; above that, nodes fall back to FP16 until it holds."""
+
+    max_drop: Annotated[float, BeforeValidator(_as_share), Field(ge=0)] | None = Field(
+        None, description="Largest drop of the metric against FP32, absolute: 0.5% or 0.005. Empty: no budget."
+    )
+    metric: str | None = Field(
+        None, description="package.module:function, called with predictions and labels; larger is better."
+    )
+    data: str | None = Field(None, description="Evaluation data, as calibrate.data; empty: the calibration data.")
+    labels: str | None = Field(None, description="A .npy file, or a key inside the evaluation data's .npz.")
+    samples: int | None = Field(None, ge=1, description="Empty: all; of calibration data calibrate.samples.")
+
+    @field_validator("metric")
+    @classmethod
+    def _module_and_function(cls, value: str | None) -> str | None:
+        if value is not None and not FACTORY_PATTERN.match(value):
+            raise ValueError("write package.module:function, as in myproject.metrics:accuracy")
+        return value
+
+    @model_validator(mode="after")
+    def _needs_a_budget(self) -> AccuracySection:
+        if self.max_drop is None and (self.metric or self.labels):
+            raise ValueError("metric and labels need max_drop (--max-accuracy-drop), as in 0.5%")
+        return self
+
+
 class CastSection(Section):
     """FP16: of the whole graph, or of what INT8 leaves."""
 
@@ -283,6 +326,8 @@ class Recipe(Section):
     simplify: SimplifySection = SimplifySection()
     calibrate: CalibrateSection = CalibrateSection()
     quantize: QuantizeSection = QuantizeSection()
+    analyze: AnalyzeSection = AnalyzeSection()
+    accuracy: AccuracySection = AccuracySection()
     cast: CastSection = CastSection()
     build: BuildSection = BuildSection()
     verify: VerifySection = VerifySection()
@@ -295,6 +340,12 @@ class Recipe(Section):
                 "quantize.format qoperator is for ONNX Runtime on the CPU only: TensorRT reads Q/DQ pairs and has no "
                 "QLinearConv. Use qdq, or build.target onnxruntime alone"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_budget_is_for_int8(self) -> Recipe:
+        if self.accuracy.max_drop is not None and self.precision != "int8":
+            raise ValueError(f"accuracy.max_drop is for precision int8, not {self.precision}: only INT8 falls back")
         return self
 
     def restricted_to(self, sections: Iterable[str]) -> Recipe:

@@ -47,6 +47,11 @@ class Flags:
     bias_correction: str | None = None
     min_cosine: float | None = None
     opset: int | None = None
+    max_accuracy_drop: str | None = None
+    metric: str | None = None
+    evaluation_data: str | None = None
+    labels: str | None = None
+    analyze_samples: int | None = None
 
 
 def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
@@ -78,6 +83,11 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "quantize.bias_correction": flags.bias_correction,
         "verify.min_cosine": flags.min_cosine,
         "export.opset": flags.opset,
+        "accuracy.max_drop": flags.max_accuracy_drop,
+        "accuracy.metric": flags.metric,
+        "accuracy.data": flags.evaluation_data,
+        "accuracy.labels": flags.labels,
+        "analyze.samples": flags.analyze_samples,
     }
     if flags.model is not None:
         is_factory = not Path(flags.model).exists() and FACTORY_PATTERN.match(flags.model)

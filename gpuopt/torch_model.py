@@ -6,8 +6,6 @@ import contextlib
 import importlib
 import inspect
 import logging
-import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpuopt import user_code
 from gpuopt.errors import GpuoptError, ModelError, UsageError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, hazards
@@ -156,7 +155,7 @@ def load(settings: ModelSection, kind: ModelKind) -> TorchModel:
     path = Path(settings.path) if settings.path else None
     if path is not None:
         _refuse_untrusted(path, kind, settings.trust_pickle)
-    with quiet_torch(), _files_opened() as opened:
+    with quiet_torch(), user_code.files_opened() as opened:
         model = _load(settings, path, kind)
     model.files_read = opened - {str(path.resolve()) if path else ""}
     return model
@@ -184,7 +183,7 @@ def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchMo
             script = torch.jit.load(str(path), map_location="cpu").eval()
             names = [a.name for a in script.forward.schema.arguments if a.name != "self"]
             return TorchModel(script, kind, tuple(names))
-        _search_current_folder()
+        user_code.search_current_folder()
         return _module(torch.load(path, map_location="cpu", weights_only=False), kind)
     except GpuoptError:
         raise
@@ -198,20 +197,6 @@ def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchMo
             f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {one_line(error)}",
             "The file may be damaged, or written by a newer torch.",
         ) from error
-
-
-def user_files(before: set[str]) -> list[str]:
-    """Source files of modules imported since `before` that belong to no installed package."""
-    installed = _installed_folders()
-    files = set()
-    for name in set(sys.modules) - before:
-        source = Path(str(getattr(sys.modules[name], "__file__", None)))
-        if source.suffix != ".py" or not source.is_absolute() or "site-packages" in source.parts:
-            continue
-        path = source.resolve()
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in installed):
-            files.add(str(path))
-    return sorted(files)
 
 
 @contextlib.contextmanager
@@ -234,37 +219,6 @@ def traced_away(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))
 
 
-@contextlib.contextmanager
-def _files_opened() -> Iterator[set[str]]:
-    """Files opened for reading meanwhile that belong to no installed package: weights, configurations."""
-    found: set[str] = set()
-    listening = True
-    installed = _installed_folders()
-
-    def listen(event: str, arguments: tuple[Any, ...]) -> None:
-        if not listening or event != "open" or not isinstance(arguments[0], str):
-            return
-        mode = arguments[1]
-        if isinstance(mode, str) and not set(mode) & set("wax+"):
-            path = Path(arguments[0]).resolve()
-            if path.suffix != ".pyc" and path.is_file() and not any(map(path.is_relative_to, installed)):
-                found.add(str(path))
-
-    sys.addaudithook(listen)
-    try:
-        yield found
-    finally:
-        # An audit hook cannot be taken off again.
-        listening = False
-
-
-def _installed_folders() -> list[Path]:
-    return [
-        Path(p).resolve()
-        for p in (*sysconfig.get_paths().values(), str(Path(__file__).parent), "/proc", "/sys", "/dev")
-    ]
-
-
 def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
     if trusted or kind is ModelKind.ONNX:
         return
@@ -277,15 +231,9 @@ def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
         )
 
 
-def _search_current_folder() -> None:
-    """The user's code may lie there; behind everything installed, which it must not stand in for."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-
-
 def _call_factory(factory: str) -> Any:
     module_name, _, function = factory.partition(":")
-    _search_current_folder()
+    user_code.search_current_folder()
     try:
         module = getattr(importlib.import_module(module_name), function)()
     except Exception as error:  # the user's code may raise anything

@@ -15,16 +15,18 @@ from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
 
 
-def open_data(data: str, inputs: Sequence[TensorSpec], settings: CalibrateSection, limit: int) -> SampleReader:
+def open_data(data: str, inputs: Sequence[TensorSpec], settings: CalibrateSection, limit: int | None) -> SampleReader:
     """A reader of at most `limit` samples, spread over the data; `inputs` is empty while they are not known."""
     image = ImageOptions(**settings.images.model_dump()) if settings.images else None
     return open_reader(data, inputs, image, limit)
 
 
-def data_files(data: str, limit: int) -> list[Path] | None:
+def data_files(data: str, limit: int | None) -> list[Path] | None:
     """The files whose bytes decide the first `limit` samples; None where code makes them."""
     if not Path(data).expanduser().exists():
         return None
+    if (path := Path(data).expanduser()).is_file():
+        return [path]
     # How images are cut plays no part in which files are read.
     return open_reader(data, [], ImageOptions(crop=1), limit).files()
 

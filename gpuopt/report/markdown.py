@@ -21,6 +21,7 @@ def render(report: Report) -> str:
         _engines(report),
         _interface(report),
         _precision(report),
+        _fallback(report),
         _accuracy(report),
         _export(report),
         _stages(report),
@@ -94,7 +95,8 @@ def _precision(report: Report) -> str:
     if quantized:
         lines.append(
             f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
-            f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs)."
+            f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs), "
+            f"{quantized['int8_macs_share']:.1%} of multiply-accumulates."
         )
         left: dict[str, list[str]] = {}
         for entry in quantized["kept_in_floating_point"]:
@@ -138,6 +140,38 @@ def _gain(facts: dict[str, Any], after: str) -> str:
     if before is None or reached is None:
         return "its effect was not measured."
     return f"SQNR {before:.1f} to {reached:.1f} dB on {facts['held_out']} held-out samples."
+
+
+def _fallback(report: Report) -> str:
+    found = report.facts("fallback")
+    if not found:
+        return ""
+    figures = (
+        f"{found['metric']} over {found['samples']} samples ({found['data']}): {found['fp32']:.6g} in FP32, "
+        f"{found['int8']:.6g} all in INT8, {found['final']:.6g} as built; a drop of {found['max_drop']:g} is allowed."
+    )
+    if not found["fell_back"]:
+        return f"## Accuracy budget\n\n{figures} Nothing had to fall back."
+    share = (
+        f"INT8 has {found['int8_macs_share']:.1%} of the multiply-accumulates, "
+        f"{found['int8_macs_share_before']:.1%} before."
+    )
+    nodes = "\n".join(f"{place}. `{node}`" for place, node in enumerate(found["fell_back"], 1))
+    steps = table(("step", "nodes in FP16", found["metric"], "change", "budget"), _steps(found))
+    return "\n\n".join(["## Fallen back to FP16", f"{figures} {share}", f"In order of cost:\n\n{nodes}", steps])
+
+
+def _steps(found: dict[str, Any]) -> Iterable[Sequence[Any]]:
+    """Every evaluation of the search: what it changed, and what that bought."""
+    value, fallen = found["int8"], list[str]()
+    for step in found["steps"]:
+        down = [node for node in step["in_fp16"] if node not in fallen]
+        back = [node for node in fallen if node not in step["in_fp16"]]
+        moves = [f"{_some(nodes)} to {where}" for nodes, where in ((down, "FP16"), (back, "INT8")) if nodes]
+        change = step["metric"] - value
+        value, fallen = step["metric"], step["in_fp16"]
+        verdict = "holds" if step["held"] else "too low"
+        yield "; ".join(moves), len(fallen), f"{value:.6g}", f"{change:+.3g}", verdict
 
 
 def _accuracy(report: Report) -> str:

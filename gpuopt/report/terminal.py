@@ -27,7 +27,18 @@ def render(report: Report, folder: str) -> str:
             lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")
     quantized = report.facts("quantize")
     if quantized:
-        lines.append(f"INT8         {quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes")
+        lines.append(
+            f"INT8         {quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes, "
+            f"{quantized['int8_macs_share']:.1%} of multiply-accumulates"
+        )
+    budget = report.facts("fallback")
+    if budget:
+        count = len(budget["fell_back"])
+        fell = f"{count} node{'s' if count > 1 else ''} fell back to FP16" if count else "nothing fell back"
+        lines.append(
+            f"budget       {budget['metric']} {budget['final']:.6g} (FP32 {budget['fp32']:.6g}, "
+            f"all INT8 {budget['int8']:.6g}); {fell}"
+        )
     if report.verification:
         cosines = [row["cosine"] for row in report.verification["outputs"] if row["cosine"] is not None]
         sqnrs = [row["sqnr_db"] for row in report.verification["outputs"] if row["sqnr_db"] is not None]

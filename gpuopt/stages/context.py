@@ -18,11 +18,13 @@ class StageContext:
 
     Attributes:
         recipe: holds the sections that the stage declares; the others are at their defaults.
-        data: the calibration data as resolved by the runner; None if there is none.
+        data: the calibration data, or for a stage that evaluates the evaluation data; None if there is none.
         artifacts: what earlier stages made, by kind: exactly the kinds the stage declares.
         output: an empty folder; a stage writes each artifact into `made(kind)`.
+        samples: how many samples of `data` to read at most; None: all.
         target: the backend an engine is for; empty outside `build`.
         progress: the listener.
+        journal: where a long stage may note what it has finished; None where that cannot be found again.
     """
 
     recipe: Recipe
@@ -30,7 +32,9 @@ class StageContext:
     output: Path
     progress: Progress
     data: str | None = None
+    samples: int | None = None
     target: str = ""
+    journal: Path | None = None
 
     def folder(self, kind: str) -> Path:
         """Where an earlier stage's artifact lies."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from gpuopt import interface, onnx_model, reference
+from gpuopt import interface, onnx_model, reference, user_code
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import first_layers
@@ -124,7 +124,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
         "ir_version": onnx_model.IR_VERSION,
         **_interface_facts(stored),
     }
-    dependencies = {*torch_model.user_files(known), *loaded.files_read}
+    dependencies = {*user_code.user_files(known), *loaded.files_read}
     return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
 
 
@@ -307,7 +307,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         "ir_version": onnx_model.IR_VERSION,
         **_interface_facts(stored),
     }
-    return StageOutcome(facts, tuple(warnings))
+    return StageOutcome(facts, tuple(warnings), ())
 
 
 def _stated_by_graph(spec: TensorSpec) -> StatedInput:

@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 import onnx
 
-from gpuopt import onnx_model
+from gpuopt import onnx_model, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.calibration import ranges
 from gpuopt.errors import GpuoptError, QuantizationError, described
-from gpuopt.quantization import existing, placement, qdq
+from gpuopt.quantization import existing, macs, placement, qdq, variants
 from gpuopt.quantization.placement import Placement
+from gpuopt.stages import fallback
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
 
@@ -35,7 +36,8 @@ def run(context: StageContext) -> StageOutcome:
     recipe = context.recipe
     fp16 = recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16"
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
-    decisions = placement.place(model, recipe.quantize, known, fp16)
+    subject = variants.Variants(model, recipe.quantize, known, fp16)
+    decisions = subject.placed(fallback.load(context), variants.FELL_BACK)
     candidates = [decision for decision in decisions if decision.op_type in placement.CANDIDATE_OPERATORS]
     if not any(decision.quantized for decision in candidates):
         reasons = Counter(d.reason for d in candidates).most_common(2)
@@ -59,6 +61,7 @@ def run(context: StageContext) -> StageOutcome:
         "format": recipe.quantize.format,
         "quantized_before": False,
         **_counts(candidates),
+        **_work(context, model, candidates),
         "sharing_a_scale": [d.node for d in decisions if d.quantized and d not in candidates],
         "qdq_pairs": pairs,
         "scales_rounded_to_fp16": graphs.scales_rounded,
@@ -81,6 +84,7 @@ def _adopt(context: StageContext, model: onnx.ModelProto) -> StageOutcome:
         "format": "qdq",
         "quantized_before": True,
         **_counts(adopted.decisions),
+        **_work(context, model, adopted.decisions),
         "sharing_a_scale": [],
         "qdq_pairs": adopted.pairs,
         "repaired": list(adopted.repaired),
@@ -98,6 +102,14 @@ def _counts(candidates: Sequence[Placement]) -> dict[str, object]:
             {"node": d.node, "op_type": d.op_type, "reason": d.reason} for d in candidates if not d.quantized
         ],
     }
+
+
+def _work(context: StageContext, model: onnx.ModelProto, decisions: Sequence[Placement]) -> dict[str, object]:
+    """How much of the arithmetic is in INT8."""
+    stored = reference.load(context.folder("reference")) if "reference" in context.artifacts else None
+    work = macs.of_reference(model, stored, context.output / "shapes")
+    chosen = [decision.node for decision in decisions if decision.quantized]
+    return {"macs": sum(work.values()), "int8_macs_share": macs.share(work, chosen)}
 
 
 def _save(context: StageContext, graphs: qdq.QuantizedGraphs, decisions: Sequence[Placement]) -> None:

@@ -222,3 +222,16 @@ def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPa
 )
 def test_explain_says_what_differs(before: dict[str, str] | None, now: dict[str, str], text: str) -> None:
     assert explain(before, now) == text
+
+
+def test_a_journal_belongs_to_its_key_and_goes_with_the_result(cache: Cache) -> None:
+    journal, other = cache.journal(PARTS), cache.journal({**PARTS, "more": "1"})
+    assert journal != other
+    for path in (journal, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("finished\n")
+    fill(cache)
+    assert not journal.exists()
+    assert other.exists()
+    cache.clear()
+    assert not other.exists()

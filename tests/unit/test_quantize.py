@@ -18,7 +18,7 @@ def wanted(**sections: Any) -> recipe.Recipe:
 
 @pytest.mark.parametrize(
     ("sections", "last"),
-    [({}, "cast"), ({"cast": {"remainder": "fp32"}}, "quantize"), ({"precision": "fp32"}, "simplify")],
+    [({}, "cast"), ({"cast": {"remainder": "fp32"}}, "correct"), ({"precision": "fp32"}, "simplify")],
 )
 def test_the_plan_ends_before_engines_also_where_the_last_stage_does_not_apply(
     sections: dict[str, Any], last: str

@@ -43,6 +43,12 @@ def written(tmp_path: Path, text: str) -> Path:
         ({"quant_format": "qoperator", "target": ("onnxruntime",)}, "quantize.format", "qoperator"),
         ({"min_cosine": 0.0}, "verify.min_cosine", 0.0),
         ({"opset": 18}, "export.opset", 18),
+        ({"max_accuracy_drop": "0.5%"}, "accuracy.max_drop", 0.005),
+        ({"max_accuracy_drop": "0.02"}, "accuracy.max_drop", 0.02),
+        ({"metric": "a.b:c", "max_accuracy_drop": "1%"}, "accuracy.metric", "a.b:c"),
+        ({"labels": "l.npy", "max_accuracy_drop": "1%"}, "accuracy.labels", "l.npy"),
+        ({"evaluation_data": "e.npz"}, "accuracy.data", "e.npz"),
+        ({"analyze_samples": 8}, "analyze.samples", 8),
     ],
 )
 def test_a_flag_sets_its_key(flags: dict[str, Any], key: str, value: Any) -> None:

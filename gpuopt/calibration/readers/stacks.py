@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,11 +92,12 @@ class _StackFile(SampleReader):
 
 
 class NpzFile(_StackFile):
-    """An archive of stacks, decompressed sample by sample."""
+    """An archive of stacks, decompressed sample by sample; the arrays in `beside` are none of its inputs."""
 
-    def __init__(self, path: Path, inputs: Inputs, limit: int | None) -> None:
+    def __init__(self, path: Path, inputs: Inputs, limit: int | None, beside: Collection[str] = ()) -> None:
+        self._beside, self._where = beside, str(path)
         with npy.open_archive(path, str(path)) as archive:
-            members = npy.members(archive, str(path))
+            members = self._members(archive)
             if inputs:
                 check_names(members, inputs, str(path))
             elif not members:
@@ -109,7 +110,7 @@ class NpzFile(_StackFile):
         with contextlib.ExitStack() as opened:
             with reading(path):
                 archive = opened.enter_context(npy.open_archive(path, str(path)))
-            members = npy.members(archive, str(path))
+            members = self._members(archive)
             check_names(members, self._stacks, str(path))
             streams = {}
             for name, info in members.items():
@@ -126,6 +127,10 @@ class NpzFile(_StackFile):
                     feed[name] = npy.read_array(stream, shape, dtype, where)
                 behind = position + 1
                 yield feed, path.name
+
+    def _members(self, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+        found = npy.members(archive, self._where)
+        return {name: info for name, info in found.items() if name not in self._beside}
 
 
 def _words(name: str, path: Path) -> str:

@@ -1,0 +1,94 @@
+"""Multiply-accumulates of convolutions and matrix products: how much of the arithmetic a node is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from gpuopt import onnx_model, reference
+from gpuopt.backends.onnxruntime import Session
+from gpuopt.reference import Feed
+from gpuopt.shapes import Shape
+
+COUNTED_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+
+def count(model: onnx.ModelProto, feed: Feed | None, scratch: Path) -> dict[str, int]:
+    """Multiply-accumulates of every counted node of the main graph, by node name.
+
+    A convolution makes each of its outputs from (input channels / groups) x kernel products, a
+    transposed one spreads each of its inputs over (output channels / groups) x kernel; a matrix product
+    takes one for each output and each element of the shared axis. Bias, activation and the bodies of
+    Loop and If do not count.
+
+    Args:
+        model: graph with unique node names.
+        feed: inputs whose shapes stand for open dimensions; None: every open dimension is 1.
+        scratch: a folder that is not there yet, for a graph that has to run because shapes depend on data.
+    """
+    nodes = [node for node in model.graph.node if node.op_type in COUNTED_OPERATORS]
+    if not nodes:
+        return {}
+    shapes = _inferred(model, feed)
+    needed = dict.fromkeys(name for node in nodes for name in (*node.input[:2], node.output[0]) if name not in shapes)
+    if needed and feed is not None:
+        shapes.update(_observed(model, list(needed), feed, scratch))
+    return {node.name: _of_node(node, shapes) for node in nodes}
+
+
+def of_reference(model: onnx.ModelProto, stored: reference.Reference | None, scratch: Path) -> dict[str, int]:
+    """`count` for the shapes that the first profile is tuned for; without a reference open dimensions are 1."""
+    if stored is None:
+        return count(model, None, scratch)
+    corner = next((c for c in stored.corners if c.name == "profile0-opt"), stored.corners[0])
+    return count(model, stored.feed(corner), scratch)
+
+
+def share(macs: Mapping[str, int], nodes: Collection[str]) -> float:
+    """Share of the multiply-accumulates that the nodes do, 0 to 1; 0 where there are none at all."""
+    total = sum(macs.values())
+    return sum(macs.get(node, 0) for node in set(nodes)) / total if total else 0.0
+
+
+def _inferred(model: onnx.ModelProto, feed: Feed | None) -> dict[str, Shape]:
+    """The shapes that follow from those of the inputs."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    constants = {tensor.name for tensor in fixed.graph.initializer}
+    for value in fixed.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if value.name not in constants and dim.dim_value <= 0:
+                dim.dim_value = feed[value.name].shape[axis] if feed is not None else 1
+    # What the file says of the inner tensors still holds the open dimensions.
+    del fixed.graph.value_info[:]
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    typed = onnx_model.with_types(fixed)
+    found = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for value in [*typed.graph.value_info, *typed.graph.input, *typed.graph.output]:
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            found[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    return found
+
+
+def _observed(model: onnx.ModelProto, names: Sequence[str], feed: Feed, scratch: Path) -> dict[str, Shape]:
+    """The shapes that these tensors have in one run."""
+    watched = onnx_model.watching(model, names)
+    values = Session(onnx_model.save(watched, scratch), optimization="basic").run(feed, names)
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def _of_node(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
+    data, weight, made = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+    if data is None or weight is None or made is None:
+        return 0
+    if node.op_type == "Conv":
+        return math.prod(made) * math.prod(weight[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(data) * math.prod(weight[1:])
+    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(made) * (data[0] if transposed else data[-1])

@@ -1,0 +1,113 @@
+"""A model with some of its nodes in INT8: what analysis and accuracy budget try out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from gpuopt import onnx_model
+from gpuopt.calibration import ranges
+from gpuopt.calibration.collectors import TensorRange
+from gpuopt.errors import QuantizationError, described
+from gpuopt.quantization import placement, qdq
+from gpuopt.quantization.placement import Placement
+from gpuopt.recipe import QuantizeSection
+from gpuopt.stages.context import StageContext
+
+FELL_BACK = "fell back to FP16 to hold the accuracy budget"
+_NOT_NOW = "left in floating point for a comparison"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """An FP32 graph and all that decides its INT8 form.
+
+    Attributes:
+        model: FP32 graph with unique node names.
+        settings: of the quantization.
+        ranges: of every activation that needs a scale.
+        fp16: whether every scale has to be an FP16 number.
+    """
+
+    model: onnx.ModelProto
+    settings: QuantizeSection
+    ranges: Mapping[str, TensorRange]
+    fp16: bool
+
+    @functools.cached_property
+    def decisions(self) -> list[Placement]:
+        """The placement where nothing falls back."""
+        return self.placed((), "")
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The computing nodes that INT8 is decided for, in the graph's order."""
+        computing = placement.CANDIDATE_OPERATORS
+        return tuple(d.node for d in self.decisions if d.quantized and d.op_type in computing)
+
+    def placed(self, out: Collection[str], reason: str) -> list[Placement]:
+        """The placement with these nodes left in floating point for this reason, and what depends on them for its own.
+
+        A residual whose convolution falls back falls back with it, and regions that share a scale form anew.
+        """
+        excluded = (*self.settings.nodes_to_exclude, *map(glob.escape, out))
+        settings = self.settings.model_copy(update={"nodes_to_exclude": excluded})
+        decisions = placement.place(self.model, settings, self.ranges, self.fp16)
+        return [dataclasses.replace(d, reason=reason) if d.node in out else d for d in decisions]
+
+    def in_int8(self, nodes: Collection[str]) -> onnx.ModelProto:
+        """The graph for ONNX Runtime with these nodes in INT8 and all others in FP32.
+
+        Raises:
+            QuantizationError: the quantizer fails.
+        """
+        return self._quantized(self.placed(set(self.nodes) - set(nodes), _NOT_NOW))
+
+    def alone(self, node: str) -> onnx.ModelProto:
+        """The graph for ONNX Runtime with this node in INT8 as it will be among others, and all others in FP32.
+
+        Raises:
+            QuantizationError: the quantizer fails.
+        """
+        return self._quantized([d for d in self.decisions if d.node == node])
+
+    def _quantized(self, decisions: Sequence[Placement]) -> onnx.ModelProto:
+        wanted = [decision.node for decision in decisions if decision.quantized]
+        if not wanted:
+            return self.model
+        try:
+            return qdq.quantize(self.model, self.settings, decisions, self.ranges, self.fp16).runtime
+        except Exception as error:  # the quantizer raises ValueError, RuntimeError, AttributeError, ...
+            raise QuantizationError(
+                f"quantizing {len(wanted)} of the nodes ({', '.join(wanted[:3])}) fails: {described(error)}",
+                "Exclude the node with --nodes-to-exclude NAME; --debug shows where it failed.",
+            ) from error
+
+
+def of_context(context: StageContext) -> Variants:
+    """The variants of a stage's `onnx` and `ranges`.
+
+    Raises:
+        QuantizationError: no node can be quantized, or the model comes with Q/DQ of its own.
+    """
+    settings = context.recipe.quantize
+    if "ranges" not in context.artifacts:
+        raise QuantizationError(
+            "the model holds Q/DQ of its own: no node can be taken out of INT8, or put in alone",
+            "Leave out --max-accuracy-drop; analyze and budget are for models that gpuopt quantizes.",
+        )
+    model = onnx_model.load(context.folder("onnx"))
+    known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
+    fp16 = settings.format == "qdq" and context.recipe.cast.remainder == "fp16"
+    variants = Variants(model, settings, known, fp16)
+    if not variants.nodes:
+        raise QuantizationError(
+            "no node can be quantized, so that there is nothing to measure",
+            "Use --precision fp16, or relax the quantize section of the recipe.",
+        )
+    return variants
