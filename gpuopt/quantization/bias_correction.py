@@ -42,15 +42,15 @@ def side_by_side(exact: onnx.ModelProto, quantized: onnx.ModelProto) -> SideBySi
     measured in the quantized graph hold those of the layers before, and correcting both counts them twice.
 
     Args:
-        exact: the FP32 graph that was quantized; names of nodes and activations are the same.
+        exact: the FP32 graph that was quantized, in topological order; names of nodes and activations are the same.
         quantized: the Q/DQ graph; nodes whose weight comes from no DequantizeLinear are left out.
     """
     model = onnx.ModelProto()
     model.CopyFrom(exact)
+    del model.graph.node[:]
     made = {name: node for node in quantized.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    before = {node.name: node for node in exact.graph.node}
-    known = {name for node in exact.graph.node for name in node.output} | {v.name for v in exact.graph.input}
+    counterparts = {node.name: node for node in quantized.graph.node if node.op_type in WEIGHTED_OPERATORS}
     copied: dict[str, str] = {}
 
     def brought(name: str) -> str:
@@ -58,6 +58,7 @@ def side_by_side(exact: onnx.ModelProto, quantized: onnx.ModelProto) -> SideBySi
         if not name or name in copied:
             return copied.get(name, "")
         source = made.get(name)
+        copied[name] = name
         if name in constants:
             tensor = model.graph.initializer.add()
             tensor.CopyFrom(constants[name])
@@ -70,33 +71,27 @@ def side_by_side(exact: onnx.ModelProto, quantized: onnx.ModelProto) -> SideBySi
             node.output[:] = [f"{_PREFIX}{name}"]
             copied[name] = node.output[0]
             model.graph.node.append(node)
-        elif name in known:
-            copied[name] = name
-        else:
-            raise LookupError(name)
         return copied[name]
 
     pairs = {}
-    for node in quantized.graph.node:
-        original = before.get(node.name)
-        if node.op_type not in WEIGHTED_OPERATORS or original is None or original.op_type != node.op_type:
+    for original in exact.graph.node:
+        model.graph.node.append(original)
+        node = counterparts.get(original.name)
+        if node is None or original.op_type != node.op_type:
             continue
         weight = made.get(node.input[1])
         if weight is None or weight.op_type != "DequantizeLinear":
             continue
-        try:
-            inputs = [brought(name) for name in node.input]
-        except LookupError:
-            continue
+        # Right behind the original, so that what both read can be freed soon.
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         twin.name = f"{_PREFIX}{node.name}"
-        twin.input[:] = inputs
+        twin.input[:] = [brought(name) for name in node.input]
         twin.output[:] = [f"{_PREFIX}output/{node.name}"]
         model.graph.node.append(twin)
         axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
         pairs[node.name] = (original.output[0], twin.output[0], axis)
-    return SideBySide(onnx_model.sort_topologically(model), pairs)
+    return SideBySide(model, pairs)
 
 
 def corrections(means: Mapping[str, Mean]) -> dict[str, Reals]:

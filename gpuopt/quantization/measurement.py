@@ -1,12 +1,12 @@
 """What is measured on samples to decide whether a correction pays: SQNR, and sums over channels.
 
-Everything is one pass with memory for one sample's activations, whatever the number of samples.
+Everything is one pass, in the memory of plain inference: sums over channels are taken inside the graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from gpuopt import onnx_model
 from gpuopt.backends.onnxruntime import Session
@@ -23,6 +23,7 @@ Reals = npt.NDArray[np.float64]
 Feed = Mapping[str, Any]
 
 _NO_ERROR_DB = 200.0
+_PREFIX = "gpuopt.measurement"
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,25 @@ def channel_maxima(
     """Largest |x| of every channel of some activations.
 
     Args:
-        model: FP32 graph; left as it is.
-        axes: channel axis by tensor.
+        model: FP32 graph in topological order.
+        axes: channel axis by tensor, from 0, or -1 for the last.
+        samples: feeds by input name.
         scratch: a folder that is not there yet.
 
     Returns:
         float64, (channels,), by tensor.
     """
-    session = watching(model, list(axes), scratch)
+    sums = _ChannelSums(onnx_model.opset(model))
+    for tensor, axis in axes.items():
+        for reduction in ("ReduceMax", "ReduceMin"):
+            sums.add(reduction, tensor, axis)
     found: dict[str, Reals] = {}
+    session = sums.session(model, scratch)
     for feed in samples:
-        for name, value in session.run(feed, list(axes)).items():
-            others = tuple(axis for axis in range(value.ndim) if axis != axes[name])
-            top = np.abs(value).max(axis=others, initial=0.0).astype(np.float64)
-            found[name] = np.maximum(found[name], top) if name in found else top
+        values = session.run(feed, sums.outputs)
+        for tensor in axes:
+            top = np.maximum(values[sums.name("ReduceMax", tensor)], -values[sums.name("ReduceMin", tensor)])
+            found[tensor] = np.maximum(found.get(tensor, 0.0), top.astype(np.float64))
     return found
 
 
@@ -113,45 +119,100 @@ class Mean:
 
 
 def mean_differences(
-    session: Session, pairs: Mapping[str, tuple[str, str, int]], samples: Iterable[Feed]
+    model: onnx.ModelProto, pairs: Mapping[str, tuple[str, str, int]], samples: Iterable[Feed], scratch: Path
 ) -> dict[str, Mean]:
     """Mean over samples and places of (first - second), for each channel.
 
     Samples weigh the same whatever their size. Two sums a channel are held.
 
     Args:
-        session: shows the tensors below as outputs.
-        pairs: by any key: first tensor, second tensor, channel axis.
+        model: graph in topological order.
+        pairs: by any key: first tensor, second tensor (made after it), channel axis as in `channel_maxima`.
+        samples: feeds by input name.
+        scratch: a folder that is not there yet.
 
     Returns:
         By key; empty without samples.
     """
-    sums: dict[str, tuple[Reals, Reals]] = {}
+    sums = _ChannelSums(onnx_model.opset(model))
+    for one, other, axis in pairs.values():
+        sums.add("ReduceMean", other, axis, subtracted_from=one)
+    session = sums.session(model, scratch)
+    totals: dict[str, tuple[Reals, Reals]] = {}
     count = 0
-    shown = list(dict.fromkeys(name for one, other, _ in pairs.values() for name in (one, other)))
     for feed in samples:
-        values = session.run(feed, shown)
+        values = session.run(feed, sums.outputs)
         count += 1
-        for key, (one, other, axis) in pairs.items():
-            difference = values[one].astype(np.float64) - values[other]
-            places = tuple(a for a in range(difference.ndim) if a != axis % difference.ndim)
-            mean = difference.mean(axis=places)
-            total, squares = sums.get(key, (0.0, 0.0))
-            sums[key] = (total + mean, squares + mean**2)
+        for key, (_, other, _) in pairs.items():
+            mean = values[sums.name("ReduceMean", other)].astype(np.float64)
+            total, squares = totals.get(key, (0.0, 0.0))
+            totals[key] = (total + mean, squares + mean**2)
     found = {}
-    for key, (total, squares) in sums.items():
+    for key, (total, squares) in totals.items():
         mean = total / count
         spread = np.maximum(squares / count - mean**2, 0.0)
         found[key] = Mean(mean, spread / (count - 1) if count > 1 else mean**2)
     return found
 
 
-def watching(model: onnx.ModelProto, tensors: Sequence[str], scratch: Path) -> Session:
-    """A session on the graph as written, with float32 activations as further outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    outputs = {value.name for value in model.graph.output}
-    for name in dict.fromkeys(tensors):
-        if name not in outputs:
-            copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    return Session(onnx_model.save(copy, scratch), optimization="basic")
+class _ChannelSums:
+    """Reductions to a number a channel, computed inside a graph: activations are freed as in plain inference."""
+
+    def __init__(self, opset_version: int) -> None:
+        self._axes_are_inputs = opset_version >= 18
+        self._constants: dict[str, npt.NDArray[np.int64]] = {}
+        self._behind: dict[str, list[onnx.NodeProto]] = {}
+        self.outputs: list[str] = []
+
+    @staticmethod
+    def name(reduction: str, tensor: str) -> str:
+        """The output that gives this reduction of a tensor: float32, (channels,)."""
+        return f"{_PREFIX}/{reduction}/{tensor}"
+
+    def add(self, reduction: str, tensor: str, axis: int, subtracted_from: str = "") -> None:
+        """Reduce a tensor, or its difference from one that was made before it, over all axes but one."""
+        name = self.name(reduction, tensor)
+        nodes = self._behind.setdefault(tensor, [])
+        source = tensor
+        if subtracted_from:
+            nodes.append(helper.make_node("Sub", [subtracted_from, tensor], [f"{name}/difference"]))
+            source = f"{name}/difference"
+        if axis < 0:
+            nodes.append(helper.make_node("Flatten", [source], [f"{name}/rows"], axis=axis))
+            others = [0]
+        else:
+            # Whatever the rank: the axes up to the channels' as they are, all behind it together.
+            nodes.append(
+                helper.make_node("Reshape", [source, self._constant([0] * (axis + 1) + [-1])], [f"{name}/rows"])
+            )
+            others = [other for other in range(axis + 2) if other != axis]
+        if self._axes_are_inputs:
+            reduced = helper.make_node(reduction, [f"{name}/rows", self._constant(others)], [name], keepdims=0)
+        else:
+            reduced = helper.make_node(reduction, [f"{name}/rows"], [name], keepdims=0, axes=others)
+        nodes.append(reduced)
+        self.outputs.append(name)
+
+    def session(self, model: onnx.ModelProto, scratch: Path) -> Session:
+        """On the graph with the reductions in it, each right behind what it reads; the model is left as it is."""
+        graph = model.graph
+        original, outputs, initializers = list(graph.node), len(graph.output), len(graph.initializer)
+        nodes = [node for value in graph.input for node in self._behind.get(value.name, ())]
+        for node in original:
+            nodes.append(node)
+            nodes += [added for name in node.output for added in self._behind.get(name, ())]
+        # Not on a copy: the weights may be most of the memory there is.
+        try:
+            del graph.node[:]
+            graph.node.extend(nodes)
+            graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self._constants.items())
+            graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self.outputs)
+            return Session(onnx_model.save(model, scratch), optimization="basic", lean=True)
+        finally:
+            del graph.node[:], graph.output[outputs:], graph.initializer[initializers:]
+            graph.node.extend(original)
+
+    def _constant(self, values: list[int]) -> str:
+        name = f"{_PREFIX}/{'_'.join(map(str, values))}"
+        self._constants[name] = np.array(values, np.int64)
+        return name

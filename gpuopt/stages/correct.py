@@ -63,10 +63,9 @@ def _shifts(context: StageContext) -> tuple[Mapping[str, Reals], dict[str, Any]]
         reason = f"{split.count} samples are too few to measure whether it helps, fewer than {FEWEST_SAMPLES}"
         return {}, {**facts, "reason": reason}
     with tempfile.TemporaryDirectory(dir=context.output) as scratch:
-        shown = [name for one, other, _ in both.pairs.values() for name in (one, other)]
-        session = measurement.watching(both.model, shown, Path(scratch) / "both")
         samples = split.chosen_by() if split.enough else split.samples
-        shifts = bias_correction.corrections(measurement.mean_differences(session, both.pairs, samples))
+        means = measurement.mean_differences(both.model, both.pairs, samples, Path(scratch) / "both")
+        shifts = bias_correction.corrections(means)
         shifts = {name: shift for name, shift in shifts.items() if np.any(shift)}
         if not shifts:
             return {}, {**facts, "reason": "no layer has a mean error beyond chance"}

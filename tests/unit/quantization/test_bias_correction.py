@@ -63,10 +63,8 @@ def quantized(model: onnx.ModelProto, x: Array, clip: float = 1.0) -> QuantizedG
 
 def measured(model: onnx.ModelProto, other: onnx.ModelProto, x: Array, folder: Path) -> dict[str, Array]:
     both = bias_correction.side_by_side(model, other)
-    shown = [name for one, two, _ in both.pairs.values() for name in (one, two)]
-    session = measurement.watching(both.model, shown, folder)
     feeds = [{"x": x[index : index + 1]} for index in range(len(x))]
-    return bias_correction.corrections(measurement.mean_differences(session, both.pairs, feeds))
+    return bias_correction.corrections(measurement.mean_differences(both.model, both.pairs, feeds, folder))
 
 
 def test_a_known_bias_is_found_and_removed(tmp_path: Path) -> None:

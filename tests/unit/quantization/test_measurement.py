@@ -12,8 +12,13 @@ from onnx import helper
 
 from gpuopt import onnx_model
 from gpuopt.backends.onnxruntime import Session
+from gpuopt.calibration.collectors import TensorRange
 from gpuopt.calibration.held_out import Split
-from gpuopt.quantization.measurement import Sqnr, channel_maxima, mean_differences, sqnr, watching
+from gpuopt.calibration.memory import peak_bytes, release_freed, reset_peak, resident_bytes
+from gpuopt.quantization import placement, qdq
+from gpuopt.quantization.bias_correction import side_by_side
+from gpuopt.quantization.measurement import Sqnr, channel_maxima, mean_differences, sqnr
+from gpuopt.recipe import QuantizeSection
 from tests.unit.quantization.graphs import model_of, normal
 
 
@@ -67,11 +72,56 @@ def test_sums_a_channel_are_those_of_all_samples_at_once(
     peaks = np.max([np.abs(feed["x"]).max(axis=(0, 2)) for feed in feeds], axis=0)
     assert np.array_equal(found["x"], peaks)
     assert np.array_equal(found["a"], 2 * peaks)
-    session = watching(model, ["a", "y"], folder / "both")
-    mean = mean_differences(session, {"n": ("y", "a", 1)}, feeds)["n"]
-    rows = np.array([np.maximum(-2 * feed["x"], 0).mean(axis=(0, 2), dtype=np.float64) for feed in feeds])
+    before = model.SerializeToString(deterministic=True)
+    mean = mean_differences(model, {"n": ("a", "y", 1)}, feeds, folder / "both")["n"]
+    assert model.SerializeToString(deterministic=True) == before
+    rows = np.array([np.minimum(2 * feed["x"], 0).mean(axis=(0, 2), dtype=np.float64) for feed in feeds])
     assert np.allclose(mean.value, rows.mean(axis=0), atol=1e-6)
     assert np.allclose(mean.squared_error, rows.var(axis=0, ddof=1) / count, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 23])
+@pytest.mark.parametrize(("shape", "axis"), [((5,), -1), ((4, 5), 1), ((2, 3, 5), -1), ((2, 5, 3, 4), 1), ((5, 2), 0)])
+def test_reductions_in_every_opset_and_rank(tmp_path: Path, opset: int, shape: tuple[int, ...], axis: int) -> None:
+    nodes = [helper.make_node("Neg", ["x"], ["odd \N{BULLET} name/1"]), helper.make_node("Abs", ["x"], ["y"])]
+    model = model_of(nodes, {}, shape)
+    model.opset_import[0].version = opset
+    del model.graph.value_info[:]
+    x = normal(np.random.default_rng(0), *shape)
+    others = tuple(a for a in range(len(shape)) if a != axis % len(shape))
+    found = channel_maxima(model, {"odd \N{BULLET} name/1": axis}, [{"x": x}], tmp_path / "maxima")
+    assert np.array_equal(found["odd \N{BULLET} name/1"], np.abs(x).max(axis=others))
+    pairs = {"n": ("odd \N{BULLET} name/1", "y", axis)}
+    mean = mean_differences(model, pairs, [{"x": x}], tmp_path / "means")["n"]
+    assert np.allclose(mean.value, (-x - np.abs(x)).mean(axis=others), atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
+    layers, channels, size = 24, 16, 192
+    g = np.random.default_rng(0)
+    constants = {f"w{i}": normal(g, channels, channels, 1, 1, scale=0.3) for i in range(layers)}
+    names = ["x", *(f"r{i}" for i in range(1, layers)), "y"]
+    nodes = []
+    for i in range(layers):
+        nodes.append(helper.make_node("Conv", [names[i], f"w{i}"], [f"c{i}"]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [names[i + 1]]))
+    model = model_of(nodes, constants, ("batch", channels, size, size))
+    section = QuantizeSection()
+    ranges = {name: TensorRange(-4, 4, "test") for name in names}
+    quantized = qdq.quantize(model, section, placement.place(model, section, ranges, False), ranges, False).runtime
+    both = side_by_side(model, quantized)
+    assert len(both.pairs) == layers
+    feeds = [{"x": normal(g, 1, channels, size, size)} for _ in range(2)]
+    one = 4 * channels * size**2
+    for measure in (
+        lambda: channel_maxima(model, dict.fromkeys(names[1:], 1), feeds, tmp_path / "maxima"),
+        lambda: mean_differences(both.model, both.pairs, feeds, tmp_path / "means"),
+    ):
+        release_freed()
+        reset_peak()
+        before = resident_bytes()
+        assert len(measure()) == layers
+        assert peak_bytes() - before < 16 * one
 
 
 @pytest.mark.parametrize("count", [1, 4, 16, 19, 64])

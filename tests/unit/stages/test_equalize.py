@@ -151,7 +151,7 @@ def test_nothing_is_run_where_nothing_can_come_of_it(
         raise AssertionError("samples were run")
 
     monkeypatch.setattr("gpuopt.stages.equalize.calibrate", never)
-    monkeypatch.setattr("gpuopt.quantization.measurement.watching", never)
+    monkeypatch.setattr("gpuopt.quantization.measurement.channel_maxima", never)
     pipeline = Pipeline(tmp_path, make(), images(samples))
     facts = pipeline.run(equalize).facts
     assert said in facts["reason"]
