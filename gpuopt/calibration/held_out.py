@@ -11,18 +11,21 @@ from gpuopt.calibration.reading import open_for_model
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
 
-MOST_SAMPLES = 64
-"""Samples that a measurement takes from the calibration data, spread over it."""
+MOST_SAMPLES = 96
+"""Samples that a measurement takes from the calibration data, spread over it.
+
+48 that judge tell a gain of 1 to 2 dB in ten outputs from chance in 98 of 100 cases, 16 in two thirds.
+"""
 
 FEWEST_SAMPLES = 16
-"""With fewer, a quarter held out decides nothing."""
+"""With fewer, the half held out decides nothing."""
 
-_HELD_OUT_EACH = 4
+_HELD_OUT_EACH = 2
 
 
 @dataclass(frozen=True)
 class Split:
-    """Three of four samples to choose by, the fourth to judge by.
+    """Every other sample to choose by, those between to judge by.
 
     Attributes:
         samples: gives the samples anew with each iteration, in the same order.

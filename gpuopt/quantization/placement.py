@@ -454,8 +454,8 @@ def _weight_axis(node: onnx.NodeProto, weight: tuple[int, ...]) -> int | None:
     """The output-channel axis of a constant weight; None where no single axis is it.
 
     Conv has (out, in / groups, ...), ConvTranspose (in, out / groups, ...): with groups the entries
-    of its axis 1 each stand for several output channels. MatMul has (..., in, out), Gemm (in, out) or,
-    with transB, (out, in).
+    of its axis 1 each stand for several output channels. Gemm has (in, out) or, with transB, (out, in),
+    MatMul (..., in, out): a stack of matrices has one scale, since ONNX Runtime's integer product takes no more.
     """
     if node.op_type == "Conv":
         return 0
@@ -463,7 +463,7 @@ def _weight_axis(node: onnx.NodeProto, weight: tuple[int, ...]) -> int | None:
         return 1 if _groups(node) == 1 else None
     if node.op_type == "Gemm":
         return 0 if _integer(node, "transB", 0) else 1
-    return len(weight) - 1
+    return 1 if len(weight) == 2 else None
 
 
 def _note(

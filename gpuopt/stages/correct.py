@@ -72,11 +72,11 @@ def _shifts(context: StageContext) -> tuple[Mapping[str, Reals], dict[str, Any]]
         if not split.enough:
             return shifts, facts
         corrected = bias_correction.correct(quantized, shifts)
-        exact_session = Session(context.folder("float_onnx") / ONNX_FILE)
+        outputs = measurement.ExactOutputs(Session(context.folder("float_onnx") / ONNX_FILE))
         session = Session(context.folder("onnx") / ONNX_FILE)
-        before = measurement.sqnr(exact_session, session, split.held_out())
+        before = measurement.sqnr(outputs, session, split.held_out())
         session = Session(onnx_model.save(corrected, Path(scratch) / "corrected"))
-        after = measurement.sqnr(exact_session, session, split.held_out())
+        after = measurement.sqnr(outputs, session, split.held_out())
     facts["sqnr_db_before"] = None if before is None else round(before.db, 2)
     facts["sqnr_db_corrected"] = None if after is None else round(after.db, 2)
     pays = before is not None and after is not None and after.gains_over(before, LEAST_GAIN_DB)

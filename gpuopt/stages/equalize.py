@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -158,10 +159,15 @@ def _methods(sites: list[Site], recipe: Recipe) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Quantizes a graph as the stages to come will, by three of four samples, and compares on the fourth."""
+    """Quantizes a graph as the stages to come will, by one half of the samples, and compares on the other."""
 
     context: StageContext
     split: Split
+
+    @functools.cached_property
+    def exact(self) -> measurement.ExactOutputs:
+        """What the graph gives as it came."""
+        return measurement.ExactOutputs(Session(self.context.folder("onnx") / ONNX_FILE))
 
     def sqnr(self, model: onnx.ModelProto) -> Sqnr | None:
         """SQNR of a graph's INT8 form against the original; None if nothing is quantized, or samples are too few."""
@@ -181,8 +187,7 @@ class _Trial:
                 return None
             runtime = qdq.quantize(model, settings, decisions, found, fp16).runtime
             quantized = Session(onnx_model.save(runtime, Path(scratch) / "quantized"))
-        exact = Session(self.context.folder("onnx") / ONNX_FILE)
-        return measurement.sqnr(exact, quantized, self.split.held_out())
+        return measurement.sqnr(self.exact, quantized, self.split.held_out())
 
     def maxima(self, model: onnx.ModelProto, sites: list[Site]) -> dict[str, measurement.Reals]:
         """The largest |x| of every channel that enters a site's readers."""

@@ -17,7 +17,7 @@ from gpuopt.calibration.held_out import Split
 from gpuopt.calibration.memory import peak_bytes, release_freed, reset_peak, resident_bytes
 from gpuopt.quantization import placement, qdq
 from gpuopt.quantization.bias_correction import side_by_side
-from gpuopt.quantization.measurement import Sqnr, channel_maxima, mean_differences, sqnr
+from gpuopt.quantization.measurement import ExactOutputs, Sqnr, channel_maxima, mean_differences, sqnr
 from gpuopt.recipe import QuantizeSection
 from tests.unit.quantization.graphs import model_of, normal
 
@@ -33,15 +33,33 @@ def session_adding(folder: Path, error: float) -> Session:
 def test_sqnr_is_the_mean_over_outputs_of_the_summed_powers(tmp_path: Path) -> None:
     exact, other = session_adding(tmp_path / "a", 1.0), session_adding(tmp_path / "b", 1.5)
     feeds = [{"x": np.full((1, 4), value, np.float32)} for value in (0.0, 4.0)]
-    found = sqnr(exact, other, feeds)
+    outputs = ExactOutputs(exact)
+    found = sqnr(outputs, other, feeds)
     assert found is not None
     # The second output is log(1) = 0: no signal, so no ratio.
     assert found.db == pytest.approx(10 * np.log10((1 + 25) / (0.25 + 0.25)))
     assert found.by_sample == pytest.approx([10 * np.log10(1 / 0.25), 10 * np.log10(25 / 0.25)])
-    same = sqnr(exact, exact, feeds)
+    same = sqnr(outputs, exact, feeds)
     assert same is not None
     assert same.db == 200
-    assert sqnr(exact, other, []) is None
+    assert sqnr(outputs, other, []) is None
+
+
+@pytest.mark.parametrize(("most", "runs"), [(0, 4), (16, 3), (32, 2)])
+def test_the_original_runs_again_only_where_its_outputs_are_too_large_to_keep(
+    tmp_path: Path, most: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpuopt.quantization.measurement._MOST_KEPT", most)
+    model = model_of([helper.make_node("Neg", ["x"], ["y"])], {}, (1, 4))
+    session = Session(onnx_model.save(model, tmp_path / "graph"))
+    seen = []
+    monkeypatch.setattr(session, "run", lambda feed, run=session.run: seen.append(None) or run(feed))
+    outputs = ExactOutputs(session)
+    for _ in range(2):
+        for index in range(2):
+            feed = {"x": np.full((1, 4), index, np.float32)}
+            assert np.array_equal(outputs.of(index, feed)["y"], -feed["x"])
+    assert len(seen) == runs
 
 
 @pytest.mark.parametrize(
@@ -130,6 +148,6 @@ def test_no_sample_both_chooses_and_judges(count: int) -> None:
     split = Split([{"i": np.array(i)} for i in range(count + 5)], count, lambda: taken.append(None))
     chosen, judging = ([int(feed["i"]) for feed in part] for part in (split.chosen_by(), split.held_out()))
     assert sorted(chosen + judging) == list(range(count))
-    assert len(judging) == split.held_out_count == count // 4
+    assert len(judging) == split.held_out_count == count // 2
     assert len(taken) == count
     assert split.enough == (count >= 16)

@@ -340,7 +340,7 @@ def test_every_node_is_explained() -> None:
         (node("ConvTranspose", "x", "w", "y", group=2), None),
         (node("Gemm", "x", "w", "y"), 1),
         (node("Gemm", "x", "w", "y", transB=1), 0),
-        (node("MatMul", "x", "w", "y"), 3),
+        (node("MatMul", "x", "w", "y"), None),
     ],
 )
 def test_weights_have_a_scale_for_every_output_channel(made: onnx.NodeProto, axis: int | None) -> None:
@@ -348,6 +348,10 @@ def test_weights_have_a_scale_for_every_output_channel(made: onnx.NodeProto, axi
     (decision,) = decide(model)
     assert decision.inputs[1] == QuantizedInput(1, "w", None, axis)
     assert decide(model, per_channel=False)[0].inputs[1].axis is None
+
+
+def test_a_matrix_has_a_scale_for_every_column() -> None:
+    assert decide(MATMUL)[0].inputs[1] == QuantizedInput(1, "w", None, 1)
 
 
 # Ranges ------------------------------------------------------------------------------------------

@@ -304,3 +304,19 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     weight[0, 0] = np.nan
     with pytest.raises(QuantizationError, match="the weight 'w' of 'Conv_t0' holds NaN"):
         qdq.quantize(small(weight), SETTINGS, decided(QuantizedInput(1, "w", None, 0)), {}, False)
+
+
+@pytest.mark.parametrize("shape", [(32, 24), (4, 32, 24), (1, 4, 32, 24)])
+def test_stacked_matrices_run_in_onnxruntime_s_integer_kernels(shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal(shape).astype(np.float32)
+    x = generator.standard_normal((2, 4, 8, 32)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", x.shape), ("y", None))]
+    made = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    known = {"x": TensorRange(-float(np.abs(x).max()), float(np.abs(x).max()), "minmax")}
+    runtime = qdq.quantize(model, SETTINGS, place(model, SETTINGS, known, True), known, True).runtime
+    session = ort.InferenceSession(runtime.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": x})
+    assert np.sum((got - x @ weight) ** 2) < 1e-3 * np.sum((x @ weight) ** 2)
