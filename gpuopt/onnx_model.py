@@ -190,10 +190,14 @@ def tensors_used(graph: onnx.GraphProto) -> set[str]:
 
 
 def drop_unused_initializers(graph: onnx.GraphProto) -> None:
-    """Remove initializers that no node, subgraph or output reads."""
+    """Remove initializers that no node, subgraph or output reads, also from the inputs where they stand as defaults."""
     used = tensors_used(graph)
-    for tensor in [t for t in graph.initializer if t.name not in used]:
+    unused = [tensor for tensor in graph.initializer if tensor.name not in used]
+    names = {tensor.name for tensor in unused}
+    for tensor in unused:
         graph.initializer.remove(tensor)
+    for value in [value for value in graph.input if value.name in names]:
+        graph.input.remove(value)
 
 
 def names_read(node: onnx.NodeProto) -> set[str]:
@@ -217,6 +221,18 @@ def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def constant_outputs_made_by_nodes(model: onnx.ModelProto) -> None:
+    """Every output that is an initializer becomes a node's: what reads the initializer reads it by another name."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    used = tensor_names(model.graph)
+    for value in model.graph.output:
+        if value.name in constants:
+            name, inner = value.name, free_name(f"{value.name}_inner", used)
+            _rename_tensors(model.graph, {name: inner})
+            value.name = name
+            model.graph.node.append(helper.make_node("Identity", [inner], [name], name=name))
 
 
 def free_name(name: str, used: set[str]) -> str:

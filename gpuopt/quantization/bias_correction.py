@@ -127,7 +127,7 @@ def correct(model: onnx.ModelProto, shifts: Mapping[str, Reals]) -> onnx.ModelPr
                 graph.correct_product(node, shifts[node.name])
             else:
                 graph.correct_bias(node, shifts[node.name])
-    graph.drop_unused_constants()
+    onnx_model.drop_unused_initializers(result.graph)
     return onnx_model.sort_topologically(result)
 
 
@@ -135,12 +135,11 @@ class _Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
         self._constants = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
-        self._used = onnx_model.tensors_used(model.graph) | {name for node in model.graph.node for name in node.output}
-        self._used |= {node.name for node in model.graph.node}
+        self._used = onnx_model.tensor_names(model.graph) | {node.name for node in model.graph.node}
         self._shown = {value.name for value in model.graph.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
-            for name in node.input:
+            for name in [*node.input, *(onnx_model.names_read(node) - set(node.input))]:
                 self._readers.setdefault(name, []).append(node)
 
     def correct_bias(self, node: onnx.NodeProto, shift: Reals) -> None:
@@ -170,34 +169,21 @@ class _Graph:
             if old in self._constants:
                 behind[0].input[position] = self._constant(node.name, self._value(old) + shift)
                 return
-        node.output[0] = self._free(f"{out}_uncorrected")
+        node.output[0] = onnx_model.free_name(f"{out}_uncorrected", self._used)
         self._add(node.name, node.output[0], self._constant(node.name, shift), out)
-
-    def drop_unused_constants(self) -> None:
-        used = onnx_model.tensors_used(self._model.graph)
-        for tensor in [t for t in self._model.graph.initializer if t.name not in used]:
-            self._model.graph.initializer.remove(tensor)
 
     def _value(self, name: str) -> Reals:
         value: Reals = numpy_helper.to_array(self._constants[name]).astype(np.float64)
         return value
 
     def _constant(self, node: str, value: Reals) -> str:
-        name = self._free(f"{node}_corrected_bias")
+        name = onnx_model.free_name(f"{node}_corrected_bias", self._used)
         self._model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
         return name
 
     def _add(self, node: str, one: str, other: str, out: str = "") -> str:
-        out = out or self._free(f"{node}_bias_sum")
+        out = out or onnx_model.free_name(f"{node}_bias_sum", self._used)
         self._model.graph.node.append(
-            helper.make_node("Add", [one, other], [out], name=self._free(f"{node}_correction"))
+            helper.make_node("Add", [one, other], [out], name=onnx_model.free_name(f"{node}_correction", self._used))
         )
         return out
-
-    def _free(self, name: str) -> str:
-        free, count = name, 0
-        while free in self._used:
-            count += 1
-            free = f"{name}_{count}"
-        self._used.add(free)
-        return free

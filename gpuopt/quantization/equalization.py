@@ -182,9 +182,8 @@ class _Graph:
                 self.readers.setdefault(name, []).append((index, position))
         self.fixed = {value.name for value in model.graph.output}
         for node in self.nodes:
-            for attribute in node.attribute:
-                for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                    self.fixed |= onnx_model.tensors_used(inner)
+            for inner in onnx_model.subgraphs(node):
+                self.fixed |= onnx_model.tensors_used(inner)
         self.shapes = _shapes(model)
         if any(name not in self.shapes for node in self.nodes for name in node.output if name):
             self.shapes = {**_shapes(onnx_model.with_types(model)), **self.shapes}
@@ -442,8 +441,7 @@ def _apply(model: onnx.ModelProto, sites: Sequence[Site], factors: Sequence[Real
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = _Graph(result)
-    names = {name for node in graph.nodes for name in (*node.input, *node.output)} | set(graph.constants)
-    writer = _Writer(result, graph, names)
+    writer = _Writer(result, graph)
     producers = []
     for site, factor in zip(sites, factors, strict=True):
         if np.allclose(factor, 1.0, rtol=1e-6, atol=0):
@@ -475,8 +473,8 @@ def _divide_outputs(graph: _Graph, writer: _Writer, site: Site, factor: Reals) -
 class _Writer:
     """Multiplies constants of a graph in place."""
 
-    def __init__(self, model: onnx.ModelProto, graph: _Graph, names: set[str]) -> None:
-        self._model, self._graph, self._names = model, graph, names
+    def __init__(self, model: onnx.ModelProto, graph: _Graph) -> None:
+        self._model, self._graph, self._names = model, graph, onnx_model.tensor_names(model.graph)
 
     def weight(self, index: int, factor: Reals, outputs: bool) -> None:
         """Multiply the output or input channels of a node's weights."""
@@ -500,19 +498,11 @@ class _Writer:
         users = self._graph.readers[name]
         if len(users) > 1 or name in self._graph.fixed:
             users.remove((index, position))
-            name = self._free(f"{name}_equalized")
+            name = onnx_model.free_name(f"{name}_equalized", self._names)
             node.input[position] = name
             self._graph.readers[name] = [(index, position)]
             self._graph.constants[name] = self._model.graph.initializer.add()
         self._graph.constants[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
-
-    def _free(self, name: str) -> str:
-        free, count = name, 0
-        while free in self._names:
-            count += 1
-            free = f"{name}_{count}"
-        self._names.add(free)
-        return free
 
 
 def set_mark(model: onnx.ModelProto, method: str, alpha: float | None) -> None:

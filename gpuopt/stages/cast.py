@@ -13,6 +13,9 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.errors import QuantizationError, described
 from gpuopt.stages.context import StageContext
 
+_FIRST_WITH_FP16_SCALES = 19
+"""The opset from which Q and DQ take FP16."""
+
 
 def run(context: StageContext) -> StageOutcome:
     """Make `onnx` with FP16 tensors inside, or `engine_onnx` where INT8 leaves one to cast.
@@ -23,7 +26,9 @@ def run(context: StageContext) -> StageOutcome:
     from onnxruntime.transformers import float16
 
     settings = context.recipe.cast
-    model = onnx_model.load(context.engine_graph())
+    model, warnings = _with_fp16_scales(onnx_model.load(context.engine_graph()))
+    # The converter takes every output for a node's.
+    onnx_model.constant_outputs_made_by_nodes(model)
     keep = [n.name for n in model.graph.node if any(fnmatch.fnmatchcase(n.name, p) for p in settings.nodes_to_keep)]
     path = context.made("engine_onnx" if "engine_onnx" in context.artifacts else "onnx") / ONNX_FILE
     level = logging.root.manager.disable
@@ -53,5 +58,23 @@ def run(context: StageContext) -> StageOutcome:
             "cast_nodes": casts,
             "fp16_weights": weights[onnx.TensorProto.FLOAT16],
             "fp32_weights": weights[onnx.TensorProto.FLOAT],
-        }
+        },
+        warnings,
     )
+
+
+def _with_fp16_scales(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """A graph with Q/DQ in an opset whose Q and DQ take FP16; and what to tell of it."""
+    before = onnx_model.opset(model)
+    if before >= _FIRST_WITH_FP16_SCALES or all(node.op_type != "QuantizeLinear" for node in model.graph.node):
+        return model, ()
+    try:
+        raised = onnx.version_converter.convert_version(model, _FIRST_WITH_FP16_SCALES)
+    except Exception as error:  # the converter raises RuntimeError and its own kinds
+        raise QuantizationError(
+            f"Q and DQ take FP16 from opset {_FIRST_WITH_FP16_SCALES}, and opset {before} cannot be converted: "
+            f"{described(error)}",
+            "Export with a newer opset, or keep FP32 around INT8: --set cast.remainder=fp32.",
+        ) from error
+    said = f"the engine's graph has opset {_FIRST_WITH_FP16_SCALES} instead of {before}: its FP16 scales need it"
+    return raised, (said,)

@@ -341,3 +341,12 @@ def test_names_that_are_read_include_those_of_subgraphs_and_outputs() -> None:
         {"yes": np.array(True), "deep": X, "unused": X},
     )
     assert onnx_model.tensors_used(model.graph) == {"yes", "deep", "r", "y"}
+
+
+def test_an_initializer_that_is_dropped_is_no_input_either() -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "kept", "dropped", "y")]
+    tensors = [numpy_helper.from_array(np.ones(2, np.float32), name) for name in ("kept", "dropped")]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "kept"], ["y"])], "g", values[:3], values[3:], tensors)
+    onnx_model.drop_unused_initializers(graph)
+    assert [value.name for value in graph.input] == ["x", "kept"]
+    assert [tensor.name for tensor in graph.initializer] == ["kept"]

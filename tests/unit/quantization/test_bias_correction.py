@@ -129,6 +129,22 @@ def test_every_form_of_a_gemm(attributes: dict[str, float], bias: str) -> None:
     assert np.allclose(run(corrected, x)[0] - run(model, x)[0], np.tile(shift, (3, 1)), atol=1e-4)
 
 
+def test_a_branch_reads_the_corrected_product() -> None:
+    g = np.random.default_rng(0)
+    shown = helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Identity", ["p"], ["b"])], "branch", [], [shown])
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["p", "c"], ["s"]),
+        helper.make_node("If", ["true"], ["i"], then_branch=branch, else_branch=branch),
+        helper.make_node("Add", ["s", "i"], ["y"]),
+    ]
+    model = model_of(nodes, {"w": normal(g, 4, 4), "c": normal(g, 4), "true": np.array(True)}, (3, 4))
+    x, shift = normal(g, 3, 4), np.arange(4.0)
+    corrected = bias_correction.correct(model, {"p": shift})
+    assert np.allclose(run(corrected, x)[0] - run(model, x)[0], np.tile(2 * shift, (3, 1)), atol=1e-4)
+
+
 def test_chance_is_not_corrected() -> None:
     means = {"n": Mean(np.array([1.0, 1.0, -1.0, 0.0]), np.array([0.0, 0.5, 2.0, 0.0]))}
     assert np.array_equal(bias_correction.corrections(means)["n"], [1.0, 0.5, 0.0, 0.0])

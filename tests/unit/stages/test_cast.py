@@ -1,0 +1,83 @@
+"""The cast to FP16 of graphs that the converter alone does not take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from gpuopt import onnx_model, recipe
+from gpuopt.artifact import Artifact, StageOutcome
+from gpuopt.backends.onnxruntime import Session
+from gpuopt.calibration.collectors import TensorRange
+from gpuopt.errors import QuantizationError
+from gpuopt.progress import Silent
+from gpuopt.quantization import placement, qdq
+from gpuopt.recipe import QuantizeSection
+from gpuopt.stages import cast
+from gpuopt.stages.context import StageContext
+from tests.unit.quantization.graphs import depthwise_block, normal
+
+SECTION = QuantizeSection(min_channels=8)
+
+
+def cast_to_fp16(model: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, StageOutcome]:
+    onnx_model.save(model, folder / "onnx")
+    (folder / "made").mkdir()
+    context = StageContext(
+        recipe.resolve({"model": {"path": "m"}}), {"onnx": Artifact("onnx", folder / "onnx", "")}, folder / "made",
+        Silent(),
+    )  # fmt: skip
+    outcome = cast.run(context)
+    return onnx_model.load(folder / "made/onnx"), outcome
+
+
+def outputs(folder: Path, feed: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    return list(Session(folder / "model.onnx", optimization="none").run(feed).values())
+
+
+def quantized(opset: int) -> onnx.ModelProto:
+    model = depthwise_block(decades=0.5)
+    model.opset_import[0].version = opset
+    known = {name: TensorRange(-4, 4, "test") for name in placement.candidate_tensors(model)}
+    engine = qdq.quantize(model, SECTION, placement.place(model, SECTION, known, True), known, True).engine
+    assert engine is not None
+    return engine
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 19, 20])
+def test_scales_become_fp16_in_every_opset(tmp_path: Path, opset: int) -> None:
+    made, outcome = cast_to_fp16(quantized(opset), tmp_path)
+    assert onnx_model.opset(made) == max(opset, 19)
+    assert len(outcome.warnings) == (opset < 19)
+    scales = {node.input[1] for node in made.graph.node if node.op_type == "QuantizeLinear"}
+    assert {t.data_type for t in made.graph.initializer if t.name in scales} == {TensorProto.FLOAT16}
+    feed = {"x": normal(np.random.default_rng(1), 2, 16, 8, 8)}
+    want, got = (outputs(tmp_path / folder, feed)[0] for folder in ("onnx", "made/onnx"))
+    assert np.sum((want - got) ** 2) < 1e-2 * np.sum(want**2)
+
+
+def test_an_opset_that_cannot_be_raised_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("no adapter")
+
+    monkeypatch.setattr("onnx.version_converter.convert_version", refuse)
+    with pytest.raises(QuantizationError, match=r"FP16 from opset 19, and opset 17 cannot be converted.*no adapter"):
+        cast_to_fp16(quantized(17), tmp_path)
+
+
+def test_a_weight_that_is_an_output_too(tmp_path: Path) -> None:
+    weight = normal(np.random.default_rng(0), 4, 4)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in ("x", "y", "w")]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    cast_to_fp16(model, tmp_path)
+    x = normal(np.random.default_rng(1), 4, 4)
+    y, w = outputs(tmp_path / "made/onnx", {"x": x})
+    assert np.array_equal(w, weight.astype(np.float16).astype(np.float32))
+    assert np.allclose(y, x @ weight, atol=0.05)
