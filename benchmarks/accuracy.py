@@ -3,11 +3,13 @@
     benchmarks/peers/setup_modelopt.sh              # once: modelopt's own environment
     python benchmarks/accuracy.py                   # everything that is not measured yet, then the tables
     python benchmarks/accuracy.py --only gpuopt     # after a change of gpuopt: its rows again, the others as they are
+    python benchmarks/accuracy.py --only fp32 onnxruntime modelopt gpuopt     # all again, with the trained weights
+    python benchmarks/accuracy.py --variant 'smooth=--set key=value'     # a row of gpuopt with further flags
     python benchmarks/accuracy.py --quick           # two networks hardly trained, one fold: does it run?
 
-Seven architectures are trained here on scikit-learn's 1797 digits in two folds, so that every image
-is held out once (`accuracy_networks.py`). All tools get the same FP32 ONNX file and the same 256
-training images, one at a time; all results are judged by `accuracy_judge.py`. Weights and results
+Six architectures are trained here on scikit-learn's 1797 digits in two folds, so that every image
+is held out once (`peers/networks.py`). All tools get the same FP32 ONNX file and the same 256
+training images, one at a time; all results are judged by `peers/judge.py`. Weights and results
 lie in benchmarks/.work: a run that was stopped goes on where it was.
 
 Time is that of calibration and quantization alone (gpuopt: the stages between `simplify` and `cast`);
@@ -33,13 +35,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# From narrow to hard; the names of accuracy_networks.NETWORKS.
+# From narrow to hard; the names of peers/networks.py.
 NETWORKS = (
     "resnet18",
     "regnet_x_400mf",
     "mobilenet_v2",
     "mobilenet_v3_small",
-    "efficientnet_b0",
     "convnext_atto",
     "vit_tiny",
 )
@@ -79,13 +80,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended: its streams, wall time, and the largest resident size among it and its children."""
+    """A process that ended: its streams, its times, and the largest resident size among it and its children."""
 
     code: int
     stdout: str
     stderr: str
     seconds: float
     peak_mib: int
+    cpu_seconds: float
 
 
 def say(text: str) -> None:
@@ -102,7 +104,8 @@ def run(command: Sequence[str | Path], folder: Path) -> Finished:
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Finished(process.returncode, out.read_text(), err.read_text(), seconds, usage.ru_maxrss // 1024)
+    busy = usage.ru_utime + usage.ru_stime
+    return Finished(process.returncode, out.read_text(), err.read_text(), seconds, usage.ru_maxrss // 1024, busy)
 
 
 def prepare(bench: Bench, network: str, fold: int) -> Path:
@@ -112,7 +115,7 @@ def prepare(bench: Bench, network: str, fold: int) -> Path:
         say(f"{network} fold {fold}: training")
         folder.mkdir(parents=True, exist_ok=True)
         quick = ["--quick"] if bench.quick else []
-        done = run([sys.executable, HERE / "accuracy_networks.py", network, str(fold), folder, *quick], folder)
+        done = run([sys.executable, HERE / "peers/networks.py", network, str(fold), folder, *quick], folder)
         if done.code:
             raise SystemExit(f"{network} fold {fold} cannot be trained:\n{done.stderr}")
     return folder
@@ -165,7 +168,11 @@ def quantize_by_gpuopt(method: str, source: Path, folder: Path, flags: Sequence[
 
 
 def _cost(done: Finished) -> dict[str, Any]:
-    return {"process_seconds": round(done.seconds, 2), "peak_mib": done.peak_mib}
+    return {
+        "process_seconds": round(done.seconds, 2),
+        "process_cpu_seconds": round(done.cpu_seconds, 2),
+        "peak_mib": done.peak_mib,
+    }
 
 
 def _last_line(text: str) -> str:
@@ -174,7 +181,7 @@ def _last_line(text: str) -> str:
 
 
 def judge(graph: Path, engine: Path, source: Path, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, HERE / "accuracy_judge.py", graph, source / "evaluation.npz", "--engine", engine]
+    command = [sys.executable, HERE / "peers/judge.py", graph, source / "evaluation.npz", "--engine", engine]
     timed = ["--time", source / "calibration.npz"] if graph == source / "model.onnx" else []
     done = run([*command, *timed], folder)
     return json.loads(done.stdout) if done.code == 0 else {"error": _last_line(done.stderr)}
@@ -225,6 +232,7 @@ def total(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "images": images,
         "correct": sum(fold["correct"] for fold in folds),
         "accuracy": sum(fold["correct"] for fold in folds) / images,
+        "right": "".join(fold["right"] for fold in folds),
         "same": sum(fold["same"] for fold in folds) / images,
         "sqnr_db": round(10 * math.log10(signal / noise), 2) if noise else None,
         "macs": folds[0]["macs"],
@@ -234,6 +242,9 @@ def total(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if "seconds" in folds[0]:
         row["seconds"] = round(sum(fold["seconds"] for fold in folds) / len(folds), 2)
+    for key in ("process_seconds", "process_cpu_seconds"):
+        if key in folds[0]:
+            row[key] = round(sum(fold.get(key, 0) for fold in folds) / len(folds), 2)
     if "peak_mib" in folds[0]:
         row["peak_mib"] = max(fold["peak_mib"] for fold in folds)
     for key in ("refused", "calibration"):
@@ -290,10 +301,25 @@ def below(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
                 continue
             if "accuracy" not in ours:
                 found.append(f"{network}: gpuopt gives nothing, {label} does")
-            elif ours["correct"] < theirs["correct"]:
-                fewer = theirs["correct"] - ours["correct"]
-                found.append(f"{network}: gpuopt is right on {fewer} of {ours['images']} images fewer than {label}")
+                continue
+            if ours["correct"] < theirs["correct"]:
+                pairs = list(zip(ours["right"], theirs["right"], strict=True))
+                lost, won = pairs.count(("0", "1")), pairs.count(("1", "0"))
+                chance = f"sign test p = {sign_test(lost, won):.2f}"
+                found.append(
+                    f"{network}: {label} is right on {lost} images that gpuopt misses, wrong on {won} others; {chance}"
+                )
+            if ours["sqnr_db"] < theirs["sqnr_db"]:
+                nearer = f"{theirs['sqnr_db']:.1f} dB against {ours['sqnr_db']:.1f}"
+                found.append(f"{network}: {label} is nearer to PyTorch's outputs, {nearer}")
     return found
+
+
+def sign_test(lost: int, won: int) -> float:
+    """Exact two-sided p of so uneven a split if both tools were equally good (McNemar's test on discordant images)."""
+    count = lost + won
+    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1)) / 2**count
+    return min(1.0, 2 * tail)
 
 
 def document(rows: dict[str, dict[str, dict[str, Any]]], about: dict[str, Any]) -> str:
@@ -349,8 +375,10 @@ def describe(bench: Bench, command: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
-    parser.add_argument("--only", metavar="TOOL", help="measure this tool's rows again; leave the others")
-    parser.add_argument("--gpuopt-flags", nargs=2, metavar=("NAME", "FLAGS"), help="one more row, as gpuopt-NAME")
+    parser.add_argument("--only", nargs="+", metavar="TOOL", help="measure these tools' rows again; leave the others")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more row: gpuopt compile FLAGS"
+    )
     parser.add_argument("--methods", nargs="+", help="instead of all", choices=(*PEERS, *OURS))
     parser.add_argument("--tables", action="store_true", help="measure nothing, show what is known")
     parser.add_argument("--quick", action="store_true", help="two networks, two epochs, one fold; writes no results")
@@ -360,10 +388,10 @@ def main() -> None:
     bench = Bench(options.work / ("quick" if options.quick else "."), options.modelopt_python, options.quick)
     methods = ["fp32", *(options.methods or [*PEERS, *(["gpuopt"] if options.quick else OURS)])]
     flags: dict[str, list[str]] = {}
-    if options.gpuopt_flags:
-        name, text = options.gpuopt_flags
+    for variant in options.variant:
+        name, _, text = variant.partition("=")
         flags[f"gpuopt-{name}"] = text.split()
-        methods.append(f"gpuopt-{name}")
+    methods += flags
     if not bench.modelopt_python.exists():
         say(f"no {bench.modelopt_python}: modelopt is left out (benchmarks/peers/setup_modelopt.sh makes it)")
     rows: dict[str, dict[str, dict[str, Any]]] = {}
@@ -375,7 +403,7 @@ def main() -> None:
                 prepare(bench, network, fold)
             for method in methods:
                 result = known(bench, network, fold, method)
-                wanted = method.partition("-")[0] == options.only
+                wanted = method.partition("-")[0] in (options.only or ())
                 able = method.partition("-")[0] != "modelopt" or bench.modelopt_python.exists()
                 if able and not options.tables and (wanted or (result is None and options.only is None)):
                     result = measure(bench, network, fold, method, flags.get(method, ()))
@@ -386,9 +414,13 @@ def main() -> None:
     about = describe(bench, shown)
     text = document(rows, about)
     print(text)
-    if not (options.quick or options.networks or options.methods):
+    complete = all({"fp32", *PEERS, *OURS} <= rows.get(network, {}).keys() for network in NETWORKS)
+    if options.quick or not complete:
+        say("benchmarks/results is left as it is: these are not all rows")
+    else:
+        kept = {n: {m: {k: v for k, v in row.items() if k != "right"} for m, row in r.items()} for n, r in rows.items()}
         (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results/accuracy.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        (HERE / "results/accuracy.json").write_text(json.dumps({**about, "rows": kept}, indent=1) + "\n")
         (HERE / "results/accuracy.md").write_text(text)
 
 

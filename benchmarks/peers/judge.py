@@ -1,6 +1,6 @@
 """What an INT8 graph is worth: held-out accuracy, distance from PyTorch, share of INT8 arithmetic, engine or not.
 
-    python benchmarks/accuracy_judge.py GRAPH.onnx EVALUATION.npz [--engine ENGINE.onnx] [--time DATA.npz]
+    python benchmarks/peers/judge.py GRAPH.onnx EVALUATION.npz [--engine ENGINE.onnx] [--time DATA.npz]
 
 Prints one JSON document. The graph runs as its tool wrote it, in ONNX Runtime on the CPU with default
 session options. It judges every tool by the same few lines and shares none with gpuopt's quantizer;
@@ -142,6 +142,7 @@ def judge(graph: Path, evaluation: Path, engine: Path) -> dict[str, Any]:
     return {
         "images": len(labels),
         "correct": int((actual.argmax(1) == labels).sum()),
+        "right": "".join("01"[int(answer)] for answer in actual.argmax(1) == labels),
         "same": int((actual.argmax(1) == expected.argmax(1)).sum()),
         "signal": float(np.square(expected).sum()),
         "noise": float(np.square(expected - actual).sum()),
