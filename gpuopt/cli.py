@@ -39,6 +39,7 @@ class TargetChoice(str, Enum):
 
 
 class MethodChoice(str, Enum):
+    auto = "auto"
     entropy = "entropy"
     minmax = "minmax"
     percentile = "percentile"
@@ -111,7 +112,7 @@ DataOption = Annotated[
         "[default: calibration.npz or calibration/ beside the model]",
     ),
 ]
-MethodOption = Annotated[MethodChoice | None, typer.Option("--calibration-method", help="[default: entropy]")]
+MethodOption = Annotated[MethodChoice | None, typer.Option("--calibration-method", help="[default: auto]")]
 SamplesOption = Annotated[int | None, typer.Option("--calibration-samples", help="[default: 512]")]
 MemoryOption = Annotated[
     str | None,

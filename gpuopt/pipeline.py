@@ -96,6 +96,10 @@ STAGES = (
         ("calibrate", "inputs", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
+    Stage(
+        "choose", ("onnx", "ranges?", "reference"), ("ranges",), ("calibrate", "inputs", "export.seed", *_INT8), _ORT,
+        applies=lambda recipe: _is_int8(recipe) and recipe.calibrate.method == "auto", sources=("data",),
+    ),
     # The three below decide what falls back to FP16; where the budget holds, the last two have nothing to do.
     Stage(
         "measure", ("onnx", "ranges?", "reference"), ("accuracy", "held"), (*_INT8, *_EVALUATION, "accuracy"),
@@ -364,7 +368,7 @@ class Runner:
 
     def _data(self, stage: Stage) -> tuple[str | None, int | None]:
         """The data that a stage reads, and how many samples of it at most (None: all)."""
-        from gpuopt.calibration.held_out import MOST_SAMPLES
+        from gpuopt.calibration.held_out import MOST_SAMPLES, SAMPLES_TO_CHOOSE_BY
         from gpuopt.stages.samples import COUNT
 
         calibrate, accuracy = self.recipe.calibrate, self.recipe.accuracy
@@ -373,7 +377,8 @@ class Runner:
             return accuracy.data or calibrate.data, wanted or (None if accuracy.data else calibrate.samples)
         if "data" in stage.sources:
             some = min(MOST_SAMPLES, calibrate.samples)
-            limits = {"samples": COUNT, "equalize": some, "correct": some}
+            few = min(SAMPLES_TO_CHOOSE_BY, calibrate.samples)
+            limits = {"samples": COUNT, "equalize": some, "correct": some, "choose": few}
             return calibrate.data, limits.get(stage.name, calibrate.samples)
         return None, None
 

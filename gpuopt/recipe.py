@@ -197,7 +197,9 @@ class CalibrateSection(Section):
 
     data: str | None = Field(None, description=".npz, folder, Polygraphy JSON or package.module:callable.")
     ranges: str | None = Field(None, description="Ranges file, or calibration cache of TensorRT, instead of data.")
-    method: Literal["entropy", "minmax", "percentile", "mse"] = "entropy"
+    method: Literal["auto", "entropy", "minmax", "percentile", "mse"] = Field(
+        "auto", description="auto: minmax, entropy or mse, whichever loses least at the model's outputs."
+    )
     percentile: float = Field(99.99, gt=50, le=100)
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
     random: bool = Field(False, description="Random data, for smoke tests; marks the report.")

@@ -227,13 +227,19 @@ class RangeCollector:
                 self._bin(summary, chunk)
         return top + 0.0
 
-    def ranges(self) -> dict[str, TensorRange]:
+    def ranges(self, method: str | None = None) -> dict[str, TensorRange]:
         """A range for each tensor that had at least one value.
+
+        Args:
+            method: another than the collector's own; `entropy` and `mse` collect the same, and all know `minmax`.
 
         Returns:
             By tensor name; low == -high except for `minmax`. (0, 0) for a tensor of zeros only.
         """
-        return {name: self._range(one) for name, one in self._tensors.items() if one.low <= one.high}
+        chosen = method or self.method
+        if chosen not in ("minmax", self.method) and not {chosen, self.method} <= set(_WEIGHED):
+            raise ValueError(f"a collector for {self.method} cannot state ranges by {chosen}")
+        return {name: self._range(one, chosen) for name, one in self._tensors.items() if one.low <= one.high}
 
     def _cover(self, summary: _Summary, top: float) -> None:
         """Let the histogram reach beyond a magnitude; zero needs none."""
@@ -264,9 +270,9 @@ class RangeCollector:
         summary.histogram += np.bincount(indices, minlength=self._size)
         summary.histogram[0] -= chunk.size - nonzero
 
-    def _range(self, summary: _Summary) -> TensorRange:
-        if self.method == "minmax":
-            return TensorRange(summary.low, summary.high, self.method)
+    def _range(self, summary: _Summary, method: str) -> TensorRange:
+        if method == "minmax":
+            return TensorRange(summary.low, summary.high, method)
         amax = summary.amax
         if summary.histogram is not None and summary.exponent is not None:
             unit = summary.exponent - self._bits
@@ -276,16 +282,16 @@ class RangeCollector:
                 # The largest value need not be among those that were counted.
                 histogram = histogram.copy()
                 histogram[int(peak)] = 1
-            if self.method == "percentile":
+            if method == "percentile":
                 edge = self._percentile_edge(summary, histogram, peak)
-            elif self.method == "entropy":
+            elif method == "entropy":
                 edge = _entropy_edge(histogram, peak)
             else:
                 edge = _mse_edge(histogram, peak)
             if edge < peak:
                 # A subnormal threshold may round to zero, which no scale can be made of.
                 amax = math.ldexp(edge, unit) or amax
-        return TensorRange(0.0 - amax, amax, self.method)
+        return TensorRange(0.0 - amax, amax, method)
 
     def _percentile_edge(self, summary: _Summary, histogram: _Counts, peak: float) -> float:
         # As a decimal fraction: 99.99 / 100 * 10000 in floating point may miss 9999.

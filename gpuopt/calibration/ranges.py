@@ -30,6 +30,8 @@ from gpuopt.errors import DataError
 from gpuopt.storage import storage_errors, write_text
 
 RANGES_FILE = "ranges.json"
+METHODS_TO_CHOOSE_FROM = ("minmax", "entropy", "mse")
+"""What `auto` decides between; one pass over the data gives all of them."""
 EDITED = "edited"
 """The method of a range that states none."""
 
@@ -56,6 +58,11 @@ class RangesFile:
     ranges: Mapping[str, TensorRange]
     origin: str
     equalized: str = ""
+
+
+def candidate_file(method: str) -> str:
+    """Name of the file with one method's ranges, where the choice is still open."""
+    return f"ranges.{method}.json"
 
 
 def save(path: Path, ranges: Mapping[str, TensorRange], about: Mapping[str, Any]) -> None:

@@ -108,12 +108,21 @@ def _precision(report: Report) -> str:
         lines.append("Calibration: none, the model holds Q/DQ of its own.")
         lines += [f"Repaired: {line}." for line in quantized.get("repaired", [])]
     elif calibrated:
-        lines.append(f"Calibration: {calibrated['method']}, {calibrated['tensors']} tensors; {calibrated['data']}.")
+        lines.append(f"Calibration: {_method(report)}, {calibrated['tensors']} tensors; {calibrated['data']}.")
     lines += _channels(report)
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
         lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
     return "## Precision of the graph\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _method(report: Report) -> str:
+    """The calibration method, and what it won against where it was chosen by measurement."""
+    chosen = report.facts("choose")
+    if not chosen:
+        return str(report.facts("calibrate")["method"])
+    figures = ", ".join(f"{m} {'-' if db is None else f'{db:.1f}'}" for m, db in chosen["sqnr_db"].items())
+    return f"{chosen['method']} (auto; SQNR in dB on {chosen['samples']} samples: {figures})"
 
 
 def _channels(report: Report) -> list[str]:

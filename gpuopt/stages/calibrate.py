@@ -63,7 +63,9 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
     providers = execution_providers(settings.provider)
     options = RunOptions(planned, settings.max_memory, providers, listener.seen, listener.estimated)
     share = settings.values_per_slice(planned)
-    collector = RangeCollector(settings.method, settings.percentile, values_per_slice=share)
+    undecided = settings.method == "auto"
+    method = "entropy" if undecided else settings.method
+    collector = RangeCollector(method, settings.percentile, values_per_slice=share)
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
         raise RequirementError(
@@ -79,7 +81,14 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
         "data": reader.description,
         "equalized": equalization.mark_of(model),
     }
-    ranges.save(context.made("ranges") / ranges.RANGES_FILE, found.ranges, about)
+    folder = context.made("ranges")
+    if undecided:
+        for candidate in ranges.METHODS_TO_CHOOSE_FROM:
+            found_by = collector.ranges(candidate)
+            ordered = {name: found_by[name] for name in found.ranges}
+            ranges.save(folder / ranges.candidate_file(candidate), ordered, {**about, "method": candidate})
+    else:
+        ranges.save(folder / ranges.RANGES_FILE, found.ranges, about)
     warnings = []
     if isinstance(reader, ImageFolder) and settings.images is None:
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")

@@ -180,7 +180,8 @@ class _Trial:
         tensors = [name for name in wanted if name in known]
         with tempfile.TemporaryDirectory(dir=self.context.output) as scratch:
             share = how.values_per_slice(how.samples)
-            collector = RangeCollector(how.method, how.percentile, values_per_slice=share)
+            method = "minmax" if how.method == "auto" else how.method
+            collector = RangeCollector(method, how.percentile, values_per_slice=share)
             found = calibrate(model, tensors, self.split.chosen_by(), collector, Path(scratch) / "watched").ranges
             decisions = placement.place(model, settings, found, fp16)
             if not any(decision.quantized for decision in decisions):

@@ -17,7 +17,7 @@ from gpuopt.errors import DataError
 from gpuopt.progress import Silent
 from gpuopt.reference import Interface
 from gpuopt.shapes import ShapeRange, TensorSpec
-from gpuopt.stages import calibrate, correct, equalize, quantize
+from gpuopt.stages import calibrate, choose, correct, equalize, quantize
 from gpuopt.stages.context import StageContext
 from tests.unit.quantization.graphs import Array, depthwise_block, model_of, normal, normalized_products, run
 
@@ -90,6 +90,7 @@ def test_auto_evens_out_channels_where_that_pays(tmp_path: Path, make: Any, data
         facts = pipeline.run(equalize).facts
         assert facts["applied"] == (mode == "auto")
         pipeline.run(calibrate)
+        pipeline.run(choose)
         pipeline.run(quantize)
         reached[mode] = pipeline.sqnr_db(data(40, seed=7))
         if mode == "auto":
@@ -229,7 +230,7 @@ def corrected(
 ) -> tuple[Pipeline, dict[str, Any], float]:
     """The pipeline up to bias correction, what that stage said, and the SQNR on other samples before it."""
     pipeline = Pipeline(folder, model, samples, quantize={"equalize": "off", **settings})
-    for stage in (equalize, calibrate, quantize):
+    for stage in (equalize, calibrate, choose, quantize):
         pipeline.run(stage)
     before = pipeline.sqnr_db(lopsided(32, seed=5))
     return pipeline, dict(pipeline.run(correct).facts), before
@@ -250,7 +251,7 @@ def test_auto_leaves_biases_alone_where_it_does_not_pay(tmp_path: Path) -> None:
     g = np.random.default_rng(0)
     model = model_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(g, 64, 64)}, ("batch", 12, 64))
     pipeline = Pipeline(tmp_path, model, tokens(32))
-    for stage in (equalize, calibrate, quantize):
+    for stage in (equalize, calibrate, choose, quantize):
         pipeline.run(stage)
     before = {kind: folder_sha256(pipeline.artifacts[kind].path) for kind in ("onnx", "engine_onnx")}
     facts = pipeline.run(correct).facts
