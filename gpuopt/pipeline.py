@@ -368,7 +368,7 @@ class Runner:
 
     def _data(self, stage: Stage) -> tuple[str | None, int | None]:
         """The data that a stage reads, and how many samples of it at most (None: all)."""
-        from gpuopt.calibration.held_out import MOST_SAMPLES, SAMPLES_TO_CHOOSE_BY
+        from gpuopt.calibration.held_out import MOST_SAMPLES
         from gpuopt.stages.samples import COUNT
 
         calibrate, accuracy = self.recipe.calibrate, self.recipe.accuracy
@@ -377,8 +377,7 @@ class Runner:
             return accuracy.data or calibrate.data, wanted or (None if accuracy.data else calibrate.samples)
         if "data" in stage.sources:
             some = min(MOST_SAMPLES, calibrate.samples)
-            few = min(SAMPLES_TO_CHOOSE_BY, calibrate.samples)
-            limits = {"samples": COUNT, "equalize": some, "correct": some, "choose": few}
+            limits = {"samples": COUNT, "equalize": some, "correct": some, "choose": some}
             return calibrate.data, limits.get(stage.name, calibrate.samples)
         return None, None
 

@@ -17,9 +17,6 @@ MOST_SAMPLES = 96
 48 that judge tell a gain of 1 to 2 dB in ten outputs from chance in 98 of 100 cases, 16 in two thirds.
 """
 
-SAMPLES_TO_CHOOSE_BY = 32
-"""Samples that decide between calibration methods, whose ranges all come from all samples."""
-
 FEWEST_SAMPLES = 16
 """With fewer, the half held out decides nothing."""
 

@@ -10,7 +10,7 @@ from gpuopt import onnx_model
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import ranges
-from gpuopt.calibration.held_out import SAMPLES_TO_CHOOSE_BY
+from gpuopt.calibration.held_out import MOST_SAMPLES
 from gpuopt.calibration.readers.base import Feed
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.quantization import measurement
@@ -18,8 +18,11 @@ from gpuopt.quantization.measurement import ExactOutputs, Sqnr
 from gpuopt.quantization.variants import Variants
 from gpuopt.stages.context import StageContext
 
-_LEAST_GAIN_DB = 0.2
-"""SQNR that a method has to be better by than `minmax`, which clips nothing and so is safe on other data."""
+LEAST_GAIN_DB = 1.0
+"""SQNR that a method has to be better by than `minmax`, which clips none of the calibration data.
+
+Methods that clip look better on the samples that chose their ranges than on others.
+"""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -49,17 +52,17 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def best(found: dict[str, Sqnr | None]) -> str:
-    """The method with the highest SQNR; `minmax` unless another beats it by `_LEAST_GAIN_DB` and not by chance."""
+    """The method with the highest SQNR; `minmax` unless another beats it by `LEAST_GAIN_DB` and not by chance."""
     safe = found["minmax"]
     if safe is None:
         return "minmax"
-    better = {m: s for m, s in found.items() if s is not None and s.gains_over(safe, _LEAST_GAIN_DB)}
+    better = {m: s for m, s in found.items() if s is not None and s.gains_over(safe, LEAST_GAIN_DB)}
     return max(better, key=lambda method: better[method].db, default="minmax")
 
 
 def _samples(context: StageContext) -> list[Feed]:
     settings = context.recipe.calibrate
-    fewer = settings.model_copy(update={"samples": min(settings.samples, SAMPLES_TO_CHOOSE_BY)})
+    fewer = settings.model_copy(update={"samples": min(settings.samples, MOST_SAMPLES)})
     recipe = context.recipe.model_copy(update={"calibrate": fewer})
     specs = onnx_model.input_specs(onnx_model.load(context.folder("onnx")))
     return list(open_for_model(replace(context, recipe=recipe), specs))
