@@ -23,7 +23,7 @@ from gpuopt.comparison import Distance
 from gpuopt.errors import DataError
 from gpuopt.quantization import macs
 from gpuopt.quantization.samples import StoredSamples
-from gpuopt.quantization.variants import Variants
+from gpuopt.quantization.variants import Variants, WeightsFile
 from gpuopt.reference import Feed
 from gpuopt.storage import sha256_json
 
@@ -131,12 +131,14 @@ def measure(
     """
     nodes, total = variants.nodes, len(variants.nodes) + 1
     stored = StoredSamples.record(variants.model, samples, scratch)
+    weights = WeightsFile(variants.model, scratch / "variant")
     for done, node in enumerate(nodes):
         advance(done, total)
         if node not in journal.figures:
-            journal.add(node, _alone(variants, node, stored, scratch / "variant"))
+            model = variants.alone(node, weights)
+            journal.add(node, _alone(variants.model, node, model, stored, scratch / "variant"))
     advance(total - 1, total)
-    whole, accumulated = _together(variants, stored, scratch / "variant")
+    whole, accumulated = _together(variants, stored, scratch / "whole")
     advance(total, total)
     return Measured({node: journal.figures[node] for node in nodes}, whole, accumulated, len(stored))
 
@@ -200,12 +202,13 @@ class Journal:
             os.fsync(stream.fileno())
 
 
-def _alone(variants: Variants, name: str, stored: StoredSamples, folder: Path) -> Figures:
+def _alone(
+    original: onnx.ModelProto, name: str, model: onnx.ModelProto, stored: StoredSamples, folder: Path
+) -> Figures:
     """One node in INT8. Its FP32 twin reads the same inputs in the same graph, so that no activation is stored."""
-    node = next(n for n in variants.model.graph.node if n.name == name)
-    model = variants.alone(name)
-    twin = _add_twin(model, variants.model, node)
-    outputs = [value.name for value in variants.model.graph.output]
+    node = next(n for n in original.graph.node if n.name == name)
+    twin = _add_twin(model, original, node)
+    outputs = [value.name for value in original.graph.output]
     session = Session(onnx_model.save(model, folder))
     own, distances = Distance(), {output: Distance() for output in outputs}
     for feed, expected in stored:

@@ -341,3 +341,11 @@ def test_names_that_are_read_include_those_of_subgraphs_and_outputs() -> None:
         {"yes": np.array(True), "deep": X, "unused": X},
     )
     assert onnx_model.tensors_used(model.graph) == {"yes", "deep", "r", "y"}
+
+
+def test_scales_and_sizes_of_any_dtype_state_shapes() -> None:
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 3], np.float32), "scales")
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], name="up")
+    model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:], [scales]))
+    assert onnx_model.concrete_shapes(model, {"x": (1, 8, 4, 5)})["y"] == (1, 8, 8, 15)

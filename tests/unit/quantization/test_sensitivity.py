@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from gpuopt import onnx_model
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import TensorRange
 from gpuopt.comparison import Distance, compare
 from gpuopt.onnx_model import watching, with_types
 from gpuopt.quantization import macs
 from gpuopt.quantization.sensitivity import Figures, Journal, measure, ranked
-from gpuopt.quantization.variants import Variants
+from gpuopt.quantization.variants import Variants, WeightsFile
 from gpuopt.recipe import QuantizeSection
 from tests.unit.stages.test_quantize import KNOWN, small_network
 
@@ -147,6 +148,19 @@ def test_nan_in_the_outputs_is_the_worst_cost(tmp_path: Path) -> None:
     found = measure(variants, [{"x": np.ones((4, 16), np.float32)}], tmp_path / "s", Journal(None))
     assert (found.alone["h"].cost, found.alone["h"].output_sqnr_db) == (None, None)
     assert ranked(variants, found, {})[0].node == "h"
+
+
+def test_a_variant_beside_the_weights_file_is_small_and_computes_the_same(tmp_path: Path) -> None:
+    variants = subject()
+    weights = WeightsFile(variants.model, tmp_path / "shared")
+    for node in variants.nodes:
+        values = []
+        for model, folder in ((variants.alone(node), "own"), (variants.alone(node, weights), "shared")):
+            path = onnx_model.save(model, tmp_path / folder)
+            values.append([Session(path).run(feed)["y"] for feed in feeds()])
+        assert np.array_equal(*values), node
+        own = {tensor.name for tensor in model.graph.initializer if not tensor.HasField("data_location")}
+        assert "w2" not in own or node == "c2", "only the node's own weights are in the file"
 
 
 def test_what_depends_on_a_node_falls_back_with_it(tmp_path: Path) -> None:
