@@ -110,6 +110,11 @@ class Distance:
         self._error += _dot(difference, difference)
 
     @property
+    def is_silent(self) -> bool:
+        """Whether nothing but zeros was expected, to which no error has a ratio."""
+        return self._finite and self._signal == 0
+
+    @property
     def relative_error(self) -> float:
         """Error power over signal power (of values that are no floats: the share that differs); infinite
         where NaN or infinity stands in the place of a number."""

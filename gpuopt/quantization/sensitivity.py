@@ -38,9 +38,10 @@ class Figures:
 
     Attributes:
         own_sqnr_db: of the node's own output against FP32; None where it is exact or cannot be watched.
-        output_sqnr_db: of the model's worst output; None where exact or no floating point.
-        output_cosine: of the model's worst output.
-        cost: error power over signal power of the model's worst output; None: NaN or infinity came up.
+        output_sqnr_db: of the worst floating-point output of the model; None where all are exact.
+        output_cosine: likewise.
+        cost: error power over signal power of the model's worst output, for one that is no floating point the share of
+            values that differ; outputs that ought to be zero throughout do not count. None: NaN or infinity came up.
     """
 
     own_sqnr_db: float | None
@@ -267,7 +268,7 @@ def _together(variants: Variants, stored: StoredSamples, folder: Path) -> tuple[
 
 
 def _figures(own: float | None, outputs: Sequence[Distance]) -> Figures:
-    worst = max(outputs, key=lambda distance: distance.relative_error)
+    cost = max((distance.relative_error for distance in outputs if not distance.is_silent), default=0.0)
     cosines = [distance.cosine for distance in outputs if distance.cosine is not None]
-    cost = worst.relative_error
-    return Figures(own, worst.sqnr_db, min(cosines, default=None), cost if math.isfinite(cost) else None)
+    sqnrs = [distance.sqnr_db for distance in outputs if distance.sqnr_db is not None]
+    return Figures(own, min(sqnrs, default=None), min(cosines, default=None), cost if math.isfinite(cost) else None)

@@ -20,7 +20,7 @@ from gpuopt.calibration.collectors import TensorRange
 from gpuopt.comparison import Distance, compare
 from gpuopt.onnx_model import watching, with_types
 from gpuopt.quantization import macs
-from gpuopt.quantization.sensitivity import Figures, Journal, measure, ranked
+from gpuopt.quantization.sensitivity import Figures, Journal, _figures, measure, ranked
 from gpuopt.quantization.variants import Variants, WeightsFile
 from gpuopt.recipe import QuantizeSection
 from tests.unit.stages.test_quantize import KNOWN, small_network
@@ -197,6 +197,19 @@ def test_what_is_undefined_has_no_figure() -> None:
     assert (zero.relative_error, zero.sqnr_db, zero.cosine) == (math.inf, None, None)
     whole.add(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))
     assert (whole.relative_error, whole.sqnr_db, whole.cosine) == (0.25, None, None)
+
+
+def test_integers_and_silent_outputs_do_not_hide_the_worst_sqnr() -> None:
+    generator = np.random.default_rng(0)
+    want = generator.standard_normal(100).astype(np.float32)
+    numbers, silent, good, bad = Distance(), Distance(), Distance(), Distance()
+    numbers.add(np.arange(10), np.arange(10) // 5 * 5)
+    silent.add(np.full(3, 1e-9, np.float32), np.zeros(3, np.float32))
+    good.add(want * np.float32(1.001), want)
+    bad.add(want * np.float32(1.1), want)
+    found = _figures(None, [numbers, silent, good, bad])
+    assert (found.output_sqnr_db, found.cost) == (pytest.approx(20, abs=0.01), 0.8)
+    assert _figures(None, [silent]) == Figures(None, None, None, 0.0)
 
 
 def test_infinity_where_fp32_has_it_is_no_error() -> None:
