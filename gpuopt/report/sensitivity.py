@@ -13,7 +13,8 @@ import yaml
 HEAD = ("rank", "node", "operator", "own", "output", "accumulated", "MACs")
 _LEGEND = (
     "SQNR against FP32, dB. own, output: the node's and the model's output with this node alone in INT8; "
-    "accumulated: the node's\noutput with all nodes in INT8; empty: exact or none. MACs: share of the multiply-accumulates."
+    "accumulated: the node's\noutput with all nodes in INT8; empty: exact or none. "
+    "MACs: share of the multiply-accumulates."
 )
 _NAMED = 3
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
