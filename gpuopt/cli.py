@@ -359,7 +359,7 @@ def quantize(
     if as_json:
         import json
 
-        typer.echo(json.dumps(made.document, indent=2))
+        _answer(json.dumps(made.document, indent=2))
     elif explain:
         placement.show(made.document["nodes"])
     elif not quiet:
@@ -483,9 +483,7 @@ def _show_analysis(document: dict[str, Any], as_json: bool, quiet: bool) -> None
     if as_json:
         import json
 
-        global _answered
-        _answered = True
-        typer.echo(json.dumps(document, indent=2))
+        _answer(json.dumps(document, indent=2))
     elif sys.stdout.isatty() and not quiet:
         sensitivity.show(document["sensitivity"])
     elif not quiet:
@@ -504,9 +502,7 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:
-        global _answered
-        _answered = True
-        typer.echo(outcome.report.model_dump_json(indent=2))
+        _answer(outcome.report.model_dump_json(indent=2))
     elif outcome.error is None and not quiet:
         typer.echo(terminal.render(outcome.report, shown))
     if outcome.error is not None:
@@ -561,6 +557,13 @@ def _interrupted() -> int:
     _answer_json("interrupted", INTERRUPTED_EXIT_CODE, "interrupted", "")
     typer.echo("gpuopt: interrupted; nothing half-written is left", err=True)
     return INTERRUPTED_EXIT_CODE
+
+
+def _answer(document: str) -> None:
+    """Print what `--json` asks for; a failure from here on prints no second one."""
+    global _answered
+    _answered = True
+    typer.echo(document)
 
 
 def _answer_json(kind: str, exit_code: int, message: str, hint: str) -> None:

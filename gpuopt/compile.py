@@ -99,7 +99,10 @@ def compile_model(
     notes = []
     if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
         notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
-        progress.warn(notes[0])
+    if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
+        notes.append("the evaluation data plays no part without --max-accuracy-drop")
+    for note in notes:
+        progress.warn(note)
     runner: Runner | None = None
     error: GpuoptError | None = None
 

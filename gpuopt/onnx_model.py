@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gpuopt.shapes import DTYPES, TensorSpec
 IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
 
+_MOST_VALUES_OF_A_SHAPE = 64
 _MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
 
 
@@ -340,11 +342,11 @@ def float_tensors(model: onnx.ModelProto) -> set[str]:
 def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors when the graph's inputs have these shapes, where onnx can infer them.
 
-    The weights' values are not looked at, but those that state shapes are.
+    The weights' values are not looked at, but those that may state shapes, sizes or scales are.
     """
     graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node)
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.INT64 or not tensor.dims:
+        if math.prod(tensor.dims) <= _MOST_VALUES_OF_A_SHAPE:
             graph.initializer.append(tensor)
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
@@ -362,7 +364,7 @@ def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]
         inferred = onnx.shape_inference.infer_shapes(small, data_prop=True).graph
     except onnx.shape_inference.InferenceError:
         return {}
-    found = {}
+    found = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):

@@ -73,10 +73,24 @@ def _has_budget(recipe: Recipe) -> bool:
     return _is_int8(recipe) and recipe.accuracy.max_drop is not None
 
 
+def _analyzes(recipe: Recipe) -> bool:
+    return _has_budget(recipe) or (_is_int8(recipe) and recipe.analyze.enabled)
+
+
+def _changes_after_budget(recipe: Recipe) -> bool:
+    return _has_budget(recipe) and _corrects_biases(recipe)
+
+
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
-_INT8 = ("quantize", "cast.remainder")
-_EVALUATION = ("inputs", "calibrate.images", "calibrate.random", "export.seed")
+# What decides where Q/DQ go; equalisation and bias correction are stages of their own.
+_PLACEMENT = (
+    "quantize.format", "quantize.per_channel", "quantize.op_types", "quantize.op_types_to_exclude",
+    "quantize.nodes_to_exclude", "quantize.min_channels", "cast.remainder",
+)  # fmt: skip
+_RANGES = ("calibrate.method", "calibrate.percentile", "calibrate.values")
+_EQUALIZATION = ("quantize.equalize", "quantize.smooth_alpha")
+_SAMPLES = ("inputs", "calibrate.images", "calibrate.random", "export.seed")
 
 STAGES = (
     Stage(
@@ -89,7 +103,8 @@ STAGES = (
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
     Stage(
         "equalize", ("onnx", "reference"), ("onnx", "float_onnx"),
-        ("calibrate", "inputs", "export.seed", "quantize", "cast.remainder"), _ORT, applies=_is_int8, sources=("data",),
+        (*_SAMPLES, *_RANGES, "calibrate.samples", "calibrate.ranges", *_PLACEMENT, *_EQUALIZATION), _ORT,
+        applies=_is_int8, sources=("data",),
     ),
     Stage(
         "calibrate", ("onnx", "reference"), ("ranges",),
@@ -97,31 +112,34 @@ STAGES = (
         applies=_is_int8, sources=("data",),
     ),
     Stage(
-        "choose", ("onnx", "ranges?", "reference"), ("ranges",), ("calibrate", "inputs", "export.seed", *_INT8), _ORT,
+        "choose", ("onnx", "ranges?", "reference"), ("ranges",), (*_SAMPLES, "calibrate.samples", *_PLACEMENT), _ORT,
         applies=lambda recipe: _is_int8(recipe) and recipe.calibrate.method == "auto", sources=("data",),
     ),
     # The three below decide what falls back to FP16; where the budget holds, the last two have nothing to do.
     Stage(
-        "measure", ("onnx", "ranges?", "reference"), ("accuracy", "held"), (*_INT8, *_EVALUATION, "accuracy"),
+        "measure", ("onnx", "ranges?", "reference"), ("accuracy", "held"), (*_PLACEMENT, *_SAMPLES, "accuracy"),
         _ORT, applies=_has_budget, sources=("evaluation", "metric"),
     ),
     Stage(
         "analyze", ("onnx", "ranges?", "reference", "held?"), ("sensitivity",),
-        (*_INT8, *_EVALUATION, "analyze.samples"), _ORT,
-        applies=lambda recipe: _has_budget(recipe) or recipe.analyze.enabled, sources=("evaluation",),
+        (*_PLACEMENT, *_SAMPLES, "analyze.samples"), _ORT, applies=_analyzes, sources=("evaluation",),
     ),
     Stage(
         "fallback", ("onnx", "ranges?", "reference", "accuracy", "sensitivity?"), ("fallback",),
-        (*_INT8, *_EVALUATION, "accuracy"), _ORT, applies=_has_budget, sources=("evaluation", "metric"),
+        (*_PLACEMENT, *_SAMPLES, "accuracy"), _ORT, applies=_has_budget, sources=("evaluation", "metric"),
     ),
     Stage(
-        "quantize", ("onnx", "ranges?", "reference?", "fallback?"), ("onnx", "engine_onnx", "placement"), _INT8, _ORT,
-        applies=_is_int8,
+        "quantize", ("onnx", "ranges?", "reference?", "fallback?"), ("onnx", "engine_onnx", "placement"), _PLACEMENT,
+        _ORT, applies=_is_int8,
     ),
     Stage(
         "correct", ("onnx", "engine_onnx?", "float_onnx", "reference"), ("onnx", "engine_onnx"),
-        ("calibrate", "inputs", "export.seed", "quantize.bias_correction"), _ORT,
+        (*_SAMPLES, "calibrate.samples", "quantize.bias_correction"), _ORT,
         applies=_corrects_biases, sources=("data",),
+    ),
+    Stage(
+        "confirm", ("onnx", "float_onnx", "reference", "accuracy"), (), (*_SAMPLES, "accuracy"),
+        _ORT, applies=_changes_after_budget, sources=("evaluation", "metric"),
     ),
     Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
     Stage(
@@ -324,6 +342,8 @@ class Runner:
             "calibrate": ("data", "ranges", "max_memory"),
             "accuracy": ("data",),
         }.get(section, ())
+        if section == "calibrate.ranges":
+            return value is not None
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     def _model_fingerprint(self) -> str | None:
@@ -449,8 +469,14 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
         environment.require("safetensors", "reading safetensors")
     if recipe.simplify.enabled:
         environment.require("onnxslim", "simplifying the graph")
-    _check_evaluation(recipe.accuracy)
     calibrate = recipe.calibrate
+    _check_evaluation(recipe.accuracy)
+    has_samples = recipe.accuracy.data is not None or calibrate.data is not None or calibrate.random
+    if _analyzes(recipe) and calibrate.ranges is not None and not has_samples:
+        raise DataError(
+            "ranges without data: there are no samples to measure the accuracy on",
+            "Give --evaluation-data PATH or --calibration-data PATH besides.",
+        )
     if recipe.precision == "int8" and calibrate.ranges is not None:
         from gpuopt.calibration import ranges
 

@@ -253,7 +253,7 @@ def _metric(
 
 
 def _is_scores(spec: TensorSpec) -> bool:
-    return spec.dtype == "float32" and len(spec.shape) == 2 and spec.shape[1] != 1
+    return spec.dtype.startswith("float") and len(spec.shape) == 2 and spec.shape[1] != 1
 
 
 def _rows(reader: SampleReader, inputs: Sequence[TensorSpec]) -> list[int]:

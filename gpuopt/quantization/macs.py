@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from gpuopt import onnx_model, reference
@@ -32,7 +33,7 @@ def count(model: onnx.ModelProto, feed: Feed | None, scratch: Path) -> dict[str,
     nodes = [node for node in model.graph.node if node.op_type in COUNTED_OPERATORS]
     if not nodes:
         return {}
-    shapes = _inferred(model, feed)
+    shapes = onnx_model.concrete_shapes(model, _input_shapes(model, feed))
     needed = dict.fromkeys(name for node in nodes for name in (*node.input[:2], node.output[0]) if name not in shapes)
     if needed and feed is not None:
         shapes.update(_observed(model, list(needed), feed, scratch))
@@ -53,26 +54,14 @@ def share(macs: Mapping[str, int], nodes: Collection[str]) -> float:
     return sum(macs.get(node, 0) for node in set(nodes)) / total if total else 0.0
 
 
-def _inferred(model: onnx.ModelProto, feed: Feed | None) -> dict[str, Shape]:
-    """The shapes that follow from those of the inputs."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    constants = {tensor.name for tensor in fixed.graph.initializer}
-    for value in fixed.graph.input:
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if value.name not in constants and dim.dim_value <= 0:
-                dim.dim_value = feed[value.name].shape[axis] if feed is not None else 1
-    # What the file says of the inner tensors still holds the open dimensions.
-    del fixed.graph.value_info[:]
-    for value in fixed.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    typed = onnx_model.with_types(fixed)
-    found = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    for value in [*typed.graph.value_info, *typed.graph.input, *typed.graph.output]:
-        tensor = value.type.tensor_type
-        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-            found[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
-    return found
+def _input_shapes(model: onnx.ModelProto, feed: Feed | None) -> dict[str, Shape]:
+    """Those of the feed; without one as the graph states them, with 1 for what it leaves open."""
+    if feed is not None:
+        return {name: tuple(np.shape(value)) for name, value in feed.items()}
+    return {
+        spec.name: tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+        for spec in onnx_model.input_specs(model)
+    }
 
 
 def _observed(model: onnx.ModelProto, names: Sequence[str], feed: Feed, scratch: Path) -> dict[str, Shape]:

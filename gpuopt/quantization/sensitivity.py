@@ -23,7 +23,7 @@ from gpuopt.comparison import Distance
 from gpuopt.errors import DataError
 from gpuopt.quantization import macs
 from gpuopt.quantization.samples import StoredSamples
-from gpuopt.quantization.variants import Variants
+from gpuopt.quantization.variants import Variants, WeightsFile
 from gpuopt.reference import Feed
 from gpuopt.storage import sha256_json
 
@@ -38,9 +38,10 @@ class Figures:
 
     Attributes:
         own_sqnr_db: of the node's own output against FP32; None where it is exact or cannot be watched.
-        output_sqnr_db: of the model's worst output; None where exact or no floating point.
-        output_cosine: of the model's worst output.
-        cost: error power over signal power of the model's worst output; None: NaN or infinity came up.
+        output_sqnr_db: of the worst floating-point output of the model; None where all are exact.
+        output_cosine: likewise.
+        cost: error power over signal power of the model's worst output, for one that is no floating point the share of
+            values that differ; outputs that ought to be zero throughout do not count. None: NaN or infinity came up.
     """
 
     own_sqnr_db: float | None
@@ -131,12 +132,14 @@ def measure(
     """
     nodes, total = variants.nodes, len(variants.nodes) + 1
     stored = StoredSamples.record(variants.model, samples, scratch)
+    weights = WeightsFile(variants.model, scratch / "variant")
     for done, node in enumerate(nodes):
         advance(done, total)
         if node not in journal.figures:
-            journal.add(node, _alone(variants, node, stored, scratch / "variant"))
+            model = variants.alone(node, weights)
+            journal.add(node, _alone(variants.model, node, model, stored, scratch / "variant"))
     advance(total - 1, total)
-    whole, accumulated = _together(variants, stored, scratch / "variant")
+    whole, accumulated = _together(variants, stored, scratch / "whole")
     advance(total, total)
     return Measured({node: journal.figures[node] for node in nodes}, whole, accumulated, len(stored))
 
@@ -200,12 +203,13 @@ class Journal:
             os.fsync(stream.fileno())
 
 
-def _alone(variants: Variants, name: str, stored: StoredSamples, folder: Path) -> Figures:
+def _alone(
+    original: onnx.ModelProto, name: str, model: onnx.ModelProto, stored: StoredSamples, folder: Path
+) -> Figures:
     """One node in INT8. Its FP32 twin reads the same inputs in the same graph, so that no activation is stored."""
-    node = next(n for n in variants.model.graph.node if n.name == name)
-    model = variants.alone(name)
-    twin = _add_twin(model, variants.model, node)
-    outputs = [value.name for value in variants.model.graph.output]
+    node = next(n for n in original.graph.node if n.name == name)
+    twin = _add_twin(model, original, node)
+    outputs = [value.name for value in original.graph.output]
     session = Session(onnx_model.save(model, folder))
     own, distances = Distance(), {output: Distance() for output in outputs}
     for feed, expected in stored:
@@ -264,7 +268,7 @@ def _together(variants: Variants, stored: StoredSamples, folder: Path) -> tuple[
 
 
 def _figures(own: float | None, outputs: Sequence[Distance]) -> Figures:
-    worst = max(outputs, key=lambda distance: distance.relative_error)
+    cost = max((distance.relative_error for distance in outputs if not distance.is_silent), default=0.0)
     cosines = [distance.cosine for distance in outputs if distance.cosine is not None]
-    cost = worst.relative_error
-    return Figures(own, worst.sqnr_db, min(cosines, default=None), cost if math.isfinite(cost) else None)
+    sqnrs = [distance.sqnr_db for distance in outputs if distance.sqnr_db is not None]
+    return Figures(own, min(sqnrs, default=None), min(cosines, default=None), cost if math.isfinite(cost) else None)

@@ -7,8 +7,10 @@ import functools
 import glob
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
+from onnx import external_data_helper
 
 from gpuopt import onnx_model
 from gpuopt.calibration import ranges
@@ -66,27 +68,59 @@ class Variants:
         Raises:
             QuantizationError: the quantizer fails.
         """
-        return self._quantized(self.placed(set(self.nodes) - set(nodes), _NOT_NOW))
+        return self._quantized(self.placed(set(self.nodes) - set(nodes), _NOT_NOW), self.model)
 
-    def alone(self, node: str) -> onnx.ModelProto:
+    def alone(self, node: str, weights: WeightsFile | None = None) -> onnx.ModelProto:
         """The graph for ONNX Runtime with this node in INT8 as it will be among others, and all others in FP32.
+
+        Args:
+            weights: of `model`; the graph then has the node's own weights only, and is to be saved beside the others.
 
         Raises:
             QuantizationError: the quantizer fails.
         """
-        return self._quantized([d for d in self.decisions if d.node == node])
+        # onnxruntime's quantizer, which makes QOperator, also reads weights of other nodes.
+        model = self.model if weights is None or self.settings.format != "qdq" else weights.graph_with(node)
+        return self._quantized([d for d in self.decisions if d.node == node], model)
 
-    def _quantized(self, decisions: Sequence[Placement]) -> onnx.ModelProto:
+    def _quantized(self, decisions: Sequence[Placement], model: onnx.ModelProto) -> onnx.ModelProto:
         wanted = [decision.node for decision in decisions if decision.quantized]
         if not wanted:
-            return self.model
+            return model
         try:
-            return qdq.quantize(self.model, self.settings, decisions, self.ranges, self.fp16).runtime
+            return qdq.quantize(model, self.settings, decisions, self.ranges, self.fp16).runtime
         except Exception as error:  # the quantizer raises ValueError, RuntimeError, AttributeError, ...
             raise QuantizationError(
                 f"quantizing {len(wanted)} of the nodes ({', '.join(wanted[:3])}) fails: {described(error)}",
                 "Exclude the node with --nodes-to-exclude NAME; --debug shows where it failed.",
             ) from error
+
+
+class WeightsFile:
+    """A graph's weights in a file beside which variants of the graph are saved: written once, not for every variant."""
+
+    _SMALL = 1024
+    """Bytes of a weight that stays in the graph."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
+        """Write the file into the folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._light = onnx.ModelProto()
+        self._light.CopyFrom(model)
+        external_data_helper.convert_model_to_external_data(self._light, True, "weights", self._SMALL)
+        external_data_helper.write_external_data_tensors(self._light, str(folder))
+
+    def graph_with(self, node: str) -> onnx.ModelProto:
+        """A copy of the graph that holds the weights of one node, and the place of all others."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self._light)
+        own = set(self._nodes[node].input)
+        for tensor in copy.graph.initializer:
+            if tensor.name in own:
+                tensor.CopyFrom(self._weights[tensor.name])
+        return copy
 
 
 def of_context(context: StageContext) -> Variants:

@@ -155,9 +155,10 @@ def _fallback(report: Report) -> str:
     found = report.facts("fallback")
     if not found:
         return ""
+    built = report.facts("confirm").get("value", found["final"])
     figures = (
         f"{found['metric']} over {found['samples']} samples ({found['data']}): {found['fp32']:.6g} in FP32, "
-        f"{found['int8']:.6g} all in INT8, {found['final']:.6g} as built; a drop of {found['max_drop']:g} is allowed."
+        f"{found['int8']:.6g} all in INT8, {built:.6g} as built; a drop of {found['max_drop']:g} is allowed."
     )
     if not found["fell_back"]:
         return f"## Accuracy budget\n\n{figures} Nothing had to fall back."

@@ -13,7 +13,8 @@ import yaml
 HEAD = ("rank", "node", "operator", "own", "output", "accumulated", "MACs")
 _LEGEND = (
     "SQNR against FP32, dB. own, output: the node's and the model's output with this node alone in INT8; "
-    "accumulated: the node's\noutput with all nodes in INT8; empty: exact. MACs: share of the multiply-accumulates."
+    "accumulated: the node's\noutput with all nodes in INT8; empty: exact or none. "
+    "MACs: share of the multiply-accumulates."
 )
 _NAMED = 3
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
@@ -40,11 +41,9 @@ def conclusion(found: Mapping[str, Any]) -> str:
     names = [layer["node"] for layer in found["layers"][:_NAMED]]
     share = sum(layer["macs_share"] for layer in found["layers"][:_NAMED])
     setting = f"quantize.nodes_to_exclude=[{','.join(map(_as_yaml, names))}]"
-    whole = found["whole"]
-    sqnr = "NaN" if whole["cost"] is None else _decibels(whole["output_sqnr_db"])
     return "\n".join(
         [
-            f"all {len(found['layers'])} nodes in INT8: output SQNR {sqnr or 'exact'}{' dB' if sqnr else ''}, "
+            f"all {len(found['layers'])} nodes in INT8: {_outcome(found['whole'])}, "
             f"{found['int8_macs_share']:.1%} of multiply-accumulates; {found['samples']} samples of {found['data']}",
             f"costliest: {', '.join(names)} ({share:.1%} of multiply-accumulates)",
             f"to keep them in FP16: --set {shlex.quote(setting)}",
@@ -81,6 +80,14 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
         text.ljust(width) if column in (1, 2) else text.rjust(width)
         for column, (text, width) in enumerate(zip(row, widths, strict=True))
     ]
+
+
+def _outcome(whole: Mapping[str, Any]) -> str:
+    if whole["cost"] is None:
+        return "output SQNR NaN"
+    if whole["output_sqnr_db"] is not None:
+        return f"output SQNR {_decibels(whole['output_sqnr_db'])} dB"
+    return f"{1 - whole['cost']:.1%} of the output's values agree" if whole["cost"] else "output exact"
 
 
 def _decibels(value: float | None) -> str:

@@ -35,8 +35,9 @@ def render(report: Report, folder: str) -> str:
     if budget:
         count = len(budget["fell_back"])
         fell = f"{count} node{'s' if count > 1 else ''} fell back to FP16" if count else "nothing fell back"
+        built = report.facts("confirm").get("value", budget["final"])
         lines.append(
-            f"budget       {budget['metric']} {budget['final']:.6g} (FP32 {budget['fp32']:.6g}, "
+            f"budget       {budget['metric']} {built:.6g} (FP32 {budget['fp32']:.6g}, "
             f"all INT8 {budget['int8']:.6g}); {fell}"
         )
     if report.verification:

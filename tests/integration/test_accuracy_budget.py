@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from gpuopt.backends.onnxruntime import Session
 from gpuopt.cache import Cache
 from gpuopt.compile import with_defaults
 from gpuopt.environment import has_module
@@ -24,6 +25,8 @@ from tests.integration import hostile
 HERE = "tests.integration.hostile"
 HOSTILE = "node_conv2d_2"
 ROOT = Path(__file__).parent.parent.parent
+# Equalisation would take the outliers out of the hostile layer's input.
+HOW = ("--calibration-method", "minmax", "--equalize", "off")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def compiled(gpuopt: Gpuopt, project: Path, own: dict[str, str], tmp_path: Path) -> Any:
     def run(*flags: object, target: str = "onnxruntime") -> Run:
         return gpuopt(
-            "compile", project / "model.pt", "--calibration-method", "minmax", "-t", target, "-o", tmp_path / "b",
-            "--json", *flags, cwd=ROOT, env=own,
+            "compile", project / "model.pt", *HOW, "-t", target, "-o", tmp_path / "b", "--json", *flags,
+            cwd=ROOT, env=own,
         )  # fmt: skip
 
     return run
@@ -57,7 +60,7 @@ def facts(result: Run, stage: str) -> dict[str, Any]:
 def test_the_hostile_layer_is_first_in_table_json_and_files(
     gpuopt: Gpuopt, project: Path, own: dict[str, str], tmp_path: Path
 ) -> None:
-    command = ("analyze", project / "model.pt", "--calibration-method", "minmax", "--evaluation-data")
+    command = ("analyze", project / "model.pt", *HOW, "--evaluation-data")
     table = gpuopt(*command, project / "evaluation.npz", "--samples", 8, "-o", tmp_path / "out", env=own)
     assert table.code == 0, table.stderr
     lines = table.stdout.splitlines()
@@ -88,6 +91,10 @@ def test_a_budget_keeps_the_hostile_layer_in_fp16_and_says_what_it_bought(compil
     assert found["int8_macs_share"] == quantized["int8_macs_share"] < found["int8_macs_share_before"] <= 1
     left = {entry["node"]: entry["reason"] for entry in quantized["kept_in_floating_point"]}
     assert left[HOSTILE] == "fell back to FP16 to hold the accuracy budget"
+    # What is confirmed is the accuracy of the file in the bundle.
+    data, session = np.load(project / "evaluation.npz"), Session(Path(result.report()["bundle"]) / "model.onnx")
+    scores = np.concatenate([next(iter(session.run({"image": row[None]}).values())) for row in data["image"]])
+    assert facts(result, "confirm")["value"] == np.mean(scores.argmax(1) == data["labels"])
     text = (Path(result.report()["bundle"]) / "report.md").read_text()
     assert "## Fallen back to FP16\n\ntop-1 accuracy over 200 samples" in text
     assert f"1. `{HOSTILE}`" in text
@@ -96,7 +103,13 @@ def test_a_budget_keeps_the_hostile_layer_in_fp16_and_says_what_it_bought(compil
     # Only what the budget decides runs again for another one.
     other = compiled(*flags[:-1], "9%", target="tensorrt-rtx")
     ran = [stage["name"] for stage in other.report()["stages"] if not stage["cached"]]
-    assert ran == ["measure", "fallback"]
+    assert ran == ["measure", "fallback", "confirm"]
+
+
+def test_evaluation_data_without_a_budget_is_told(compiled: Any, project: Path) -> None:
+    result = compiled("--evaluation-data", project / "evaluation.npz", "--set", "verify.enabled=false")
+    assert result.code == 0, result.stderr
+    assert any("evaluation data plays no part" in warning for warning in result.report()["warnings"])
 
 
 def test_a_budget_that_holds_at_once_analyzes_nothing(compiled: Any) -> None:
@@ -135,8 +148,8 @@ def test_a_metric_of_the_user_and_its_code_count(
 
     def run() -> Run:
         return gpuopt(
-            "compile", project / "model.pt", "--calibration-method", "minmax", "-t", "onnxruntime",
-            "-o", tmp_path / "b", "--json", "--max-accuracy-drop", "8%", "--metric", "my_metric:metric",
+            "compile", project / "model.pt", *HOW, "-t", "onnxruntime", "-o", tmp_path / "b", "--json",
+            "--max-accuracy-drop", "8%", "--metric", "my_metric:metric",
             "--evaluation-data", project / "evaluation.npz", "--labels", project / "labels.npy",
             cwd=tmp_path, env={**own, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
@@ -220,6 +233,7 @@ def test_a_killed_analysis_goes_on_where_it_was(project: Path, own: dict[str, st
         "model": {"path": str(project / "model.pt")},
         "build": {"target": "onnxruntime"},
         "calibrate": {"method": "minmax"},
+        "quantize": {"equalize": "off"},
         "analyze": {"enabled": True, "samples": 200},
         "accuracy": {"data": str(project / "evaluation.npz")},
     }

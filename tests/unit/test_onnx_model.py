@@ -350,3 +350,11 @@ def test_an_initializer_that_is_dropped_is_no_input_either() -> None:
     onnx_model.drop_unused_initializers(graph)
     assert [value.name for value in graph.input] == ["x", "kept"]
     assert [tensor.name for tensor in graph.initializer] == ["kept"]
+
+
+def test_scales_and_sizes_of_any_dtype_state_shapes() -> None:
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 3], np.float32), "scales")
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], name="up")
+    model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:], [scales]))
+    assert onnx_model.concrete_shapes(model, {"x": (1, 8, 4, 5)})["y"] == (1, 8, 8, 15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from onnx import helper, numpy_helper
 
 from gpuopt import onnx_model, recipe, reference
 from gpuopt.artifact import Artifact
-from gpuopt.errors import DataError, GpuoptError, UsageError
+from gpuopt.errors import AccuracyError, DataError, GpuoptError, UsageError
 from gpuopt.progress import Silent
 from gpuopt.quantization import evaluation
 from gpuopt.quantization.evaluation import MeanCosine, TopOne, open_evaluation, within
 from gpuopt.shapes import ShapeRange, TensorSpec
+from gpuopt.stages import confirm
 from gpuopt.stages.context import StageContext
+from gpuopt.storage import write_json
 
 Array = np.ndarray[Any, Any]
 SAMPLES, FEATURES, CLASSES = 10, 6, 4
@@ -203,3 +206,20 @@ def test_a_budget_that_is_just_held_is_held() -> None:
     assert within(0.9, 0.85, 0.05)
     assert not within(0.9, 0.8499, 0.05)
     assert within(0.9, 0.95, 0.0)
+
+
+@pytest.mark.parametrize(("allowed", "holds"), [(0.9, True), (0.001, False)])
+def test_the_budget_is_confirmed_of_the_graph_that_ships(tmp_path: Path, allowed: float, holds: bool) -> None:
+    chosen = context(tmp_path, labels="labels", max_drop=allowed)
+    artifacts = dict(chosen.artifacts)
+    for kind, weight in (("float_onnx", WEIGHT), ("onnx", OTHER)):
+        onnx_model.save(linear(weight), tmp_path / kind)
+        artifacts[kind] = Artifact(kind, tmp_path / kind, "")
+    write_json(tmp_path / "accuracy/accuracy.json", {"metric": "top-1 accuracy", "fp32": 1.0, "max_drop": allowed})
+    artifacts["accuracy"] = Artifact("accuracy", tmp_path / "accuracy", "")
+    chosen = dataclasses.replace(chosen, artifacts=artifacts)
+    if not holds:
+        with pytest.raises(AccuracyError, match="until the biases were corrected"):
+            confirm.run(chosen)
+        return
+    assert confirm.run(chosen).facts["value"] == np.mean((X @ OTHER).argmax(1) == LABELS)

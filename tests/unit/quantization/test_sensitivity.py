@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from gpuopt import onnx_model
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import TensorRange
 from gpuopt.comparison import Distance, compare
 from gpuopt.onnx_model import watching, with_types
 from gpuopt.quantization import macs
-from gpuopt.quantization.sensitivity import Figures, Journal, measure, ranked
-from gpuopt.quantization.variants import Variants
+from gpuopt.quantization.sensitivity import Figures, Journal, _figures, measure, ranked
+from gpuopt.quantization.variants import Variants, WeightsFile
 from gpuopt.recipe import QuantizeSection
 from tests.unit.stages.test_quantize import KNOWN, small_network
 
@@ -149,6 +150,19 @@ def test_nan_in_the_outputs_is_the_worst_cost(tmp_path: Path) -> None:
     assert ranked(variants, found, {})[0].node == "h"
 
 
+def test_a_variant_beside_the_weights_file_is_small_and_computes_the_same(tmp_path: Path) -> None:
+    variants = subject()
+    weights = WeightsFile(variants.model, tmp_path / "shared")
+    for node in variants.nodes:
+        values = []
+        for model, folder in ((variants.alone(node), "own"), (variants.alone(node, weights), "shared")):
+            path = onnx_model.save(model, tmp_path / folder)
+            values.append([Session(path).run(feed)["y"] for feed in feeds()])
+        assert np.array_equal(*values), node
+        own = {tensor.name for tensor in model.graph.initializer if not tensor.HasField("data_location")}
+        assert "w2" not in own or node == "c2", "only the node's own weights are in the file"
+
+
 def test_what_depends_on_a_node_falls_back_with_it(tmp_path: Path) -> None:
     variants = subject()
     assert variants.in_int8([]) is variants.model
@@ -183,6 +197,19 @@ def test_what_is_undefined_has_no_figure() -> None:
     assert (zero.relative_error, zero.sqnr_db, zero.cosine) == (math.inf, None, None)
     whole.add(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))
     assert (whole.relative_error, whole.sqnr_db, whole.cosine) == (0.25, None, None)
+
+
+def test_integers_and_silent_outputs_do_not_hide_the_worst_sqnr() -> None:
+    generator = np.random.default_rng(0)
+    want = generator.standard_normal(100).astype(np.float32)
+    numbers, silent, good, bad = Distance(), Distance(), Distance(), Distance()
+    numbers.add(np.arange(10), np.arange(10) // 5 * 5)
+    silent.add(np.full(3, 1e-9, np.float32), np.zeros(3, np.float32))
+    good.add(want * np.float32(1.001), want)
+    bad.add(want * np.float32(1.1), want)
+    found = _figures(None, [numbers, silent, good, bad])
+    assert (found.output_sqnr_db, found.cost) == (pytest.approx(20, abs=0.01), 0.8)
+    assert _figures(None, [silent]) == Figures(None, None, None, 0.0)
 
 
 def test_infinity_where_fp32_has_it_is_no_error() -> None:

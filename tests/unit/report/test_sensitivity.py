@@ -52,6 +52,14 @@ def test_outputs_that_became_nan_are_told() -> None:
     assert "output SQNR NaN" in sensitivity.conclusion(document(layer(1, "a"), cost=None))
 
 
+def test_outputs_that_are_no_floats_are_told_by_their_agreement() -> None:
+    found = document(layer(1, "a"))
+    found["whole"].update(output_sqnr_db=None, cost=0.02)
+    assert "98.0% of the output's values agree" in sensitivity.conclusion(found)
+    found["whole"]["cost"] = 0.0
+    assert "output exact" in sensitivity.conclusion(found)
+
+
 @given(st.lists(st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1), min_size=1, max_size=3))
 def test_the_setting_names_these_nodes_whatever_they_are_called(names: list[str]) -> None:
     found = document(*(layer(rank, name) for rank, name in enumerate(names, 1)))

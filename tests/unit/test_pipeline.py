@@ -1,0 +1,148 @@
+"""Which stages run again when a key of the recipe changes, for every key there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from gpuopt.artifact import Artifact
+from gpuopt.cache import Cache
+from gpuopt.errors import DataError
+from gpuopt.pipeline import Runner, check_request, plan
+from gpuopt.progress import Silent
+from gpuopt.recipe import Recipe, resolve, set_value
+
+_BUDGET = "measure fallback confirm"
+_PLACEMENT = "equalize choose measure analyze fallback quantize"
+_EVERYWHERE = "equalize calibrate choose measure analyze fallback correct confirm"
+
+# key: (another value, the stages that depend on it); with a dict instead of a value other keys have to change, too.
+KEYS: dict[str, tuple[Any, str]] = {
+    "version": (1, ""),
+    "model.path": ("copy.onnx", ""),
+    "model.factory": ("somewhere:make", "export"),
+    "model.trust_pickle": (True, "export"),
+    "precision": ({"precision": "fp16", "accuracy.max_drop": None}, "verify"),
+    "inputs": ({"inputs": {"x": {"shape": "1x4"}}}, f"samples export {_EVERYWHERE}"),
+    "profiles": ([{"x": {"shape": "2x4"}}], "export"),
+    "export.opset": (18, "export"),
+    "export.exporters": (["dynamo"], "export"),
+    "export.seed": (1, f"export {_EVERYWHERE}"),
+    "simplify.enabled": (False, "simplify"),
+    "calibrate.data": ("other.npz", f"samples {_EVERYWHERE}"),
+    "calibrate.ranges": ("ranges.json", "equalize calibrate"),
+    "calibrate.method": ("minmax", "equalize calibrate"),
+    "calibrate.percentile": (99.0, "equalize calibrate"),
+    "calibrate.samples": (100, "equalize calibrate choose measure fallback correct confirm"),
+    "calibrate.random": (True, _EVERYWHERE),
+    "calibrate.values": (0, "equalize calibrate"),
+    "calibrate.max_memory": ("1GiB", ""),
+    "calibrate.provider": ("cpu", "calibrate"),
+    "calibrate.strict": (True, "calibrate"),
+    "calibrate.images": ({"calibrate.images": {"crop": 4}}, f"samples {_EVERYWHERE}"),
+    # QOperator has no graph for engines, of which `verify` is told.
+    "quantize.format": (
+        {"quantize.format": "qoperator", "build.target": ["onnxruntime"]},
+        f"calibrate {_PLACEMENT} verify",
+    ),
+    "quantize.per_channel": (False, _PLACEMENT),
+    "quantize.op_types": (["Conv"], _PLACEMENT),
+    "quantize.op_types_to_exclude": (["Conv"], _PLACEMENT),
+    "quantize.nodes_to_exclude": (["a"], _PLACEMENT),
+    "quantize.min_channels": (8, f"calibrate {_PLACEMENT}"),
+    "quantize.equalize": ("smooth", "equalize"),
+    "quantize.smooth_alpha": (0.3, "equalize"),
+    "quantize.bias_correction": ("on", "correct"),
+    "analyze.enabled": (True, ""),
+    "analyze.samples": (8, "analyze"),
+    "accuracy.max_drop": (0.02, _BUDGET),
+    "accuracy.metric": ("somewhere:metric", _BUDGET),
+    "accuracy.data": ("other.npz", f"{_BUDGET} analyze"),
+    "accuracy.labels": ("labels.npy", _BUDGET),
+    "accuracy.samples": (7, _BUDGET),
+    "cast.remainder": ("fp32", _PLACEMENT),
+    "cast.op_types_to_keep": (["Add"], "cast"),
+    "cast.nodes_to_keep": (["a"], "cast"),
+    "build.target": (["tensorrt", "onnxruntime"], ""),
+    "build.compute_capability": (["8.9"], "build"),
+    "build.optimization_level": (3, "build"),
+    "build.workspace_mib": (64, "build"),
+    "verify.enabled": (False, ""),
+    "verify.min_cosine": (0.5, "verify"),
+    "verify.min_sqnr_db": (3.0, "verify"),
+    "verify.batch_invariance": (False, "verify"),
+    "output.directory": ("elsewhere", ""),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], name="a")], "g", values[:1], values[1:])
+    for name in ("model.onnx", "copy.onnx"):
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), name)
+    for name, count in (("data.npz", 3), ("other.npz", 4)):
+        np.savez(name, x=np.zeros((count, 4), np.float32))
+    np.save("labels.npy", np.zeros(3))
+    Path("ranges.json").write_text("{}")
+    return tmp_path
+
+
+def leaves(prefix: str, value: Any) -> list[str]:
+    if isinstance(value, dict) and value:
+        return [leaf for name, item in value.items() for leaf in leaves(f"{prefix}.{name}" if prefix else name, item)]
+    return [prefix]
+
+
+def recipe(changes: dict[str, Any]) -> Recipe:
+    tree: dict[str, Any] = {}
+    base = {
+        "model.path": "model.onnx",
+        "calibrate.data": "data.npz",
+        "accuracy.max_drop": 0.01,
+        "build.target": ["tensorrt-rtx", "onnxruntime"],
+    }
+    for key, value in {**base, **changes}.items():
+        set_value(tree, key, value)
+    return resolve(tree)
+
+
+def keys(chosen: Recipe, folder: Path) -> dict[str, Any]:
+    """The key parts of every step, for the same artifacts of the steps before."""
+    runner = Runner(chosen, Cache(folder / "cache"), Silent(), "run")
+    kinds = {kind for step in plan(chosen) for kind in step.stage.makes}
+    runner._artifacts = {kind: Artifact(kind, folder, "hash") for kind in kinds}
+    return {step.label: runner._parts(step) for step in plan(chosen)}
+
+
+def test_the_table_has_every_key() -> None:
+    assert sorted(KEYS) == sorted(leaves("", recipe({}).model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(key: str, here: Path) -> None:
+    value, expected = KEYS[key]
+    changes = value if isinstance(value, dict) else {key: value}
+    before, after = keys(recipe({}), here), keys(recipe(changes), here)
+    changed = {label.partition(" ")[0] for label in before.keys() & after.keys() if before[label] != after[label]}
+    assert changed == set(expected.split())
+
+
+def test_analysis_is_for_int8() -> None:
+    chosen = recipe({"precision": "fp16", "accuracy.max_drop": None, "analyze.enabled": True})
+    assert "analyze" not in [step.label for step in plan(chosen)]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"accuracy.max_drop": None, "analyze.enabled": True}], ids=["budget", "analyze"]
+)
+def test_ranges_without_samples_are_told_before_the_export(wanted: dict[str, Any], here: Path) -> None:
+    chosen = recipe({"calibrate.data": None, "calibrate.ranges": "ranges.json", **wanted})
+    with pytest.raises(DataError, match="no samples to measure"):
+        check_request(chosen, builds=False)
