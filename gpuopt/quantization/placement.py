@@ -225,6 +225,12 @@ class _Rules:
             return "excluded by quantize.nodes_to_exclude"
         return ""
 
+    def refused_as_qoperator(self, node: onnx.NodeProto, weight: tuple[int, ...]) -> str:
+        per_channel = self.settings is not None and self.settings.per_channel
+        if self.qoperator and per_channel and node.op_type == "MatMul" and len(weight) > 2:
+            return "QLinearMatMul takes no scale a column for a stack of matrices; quantize.per_channel=false allows it"
+        return ""
+
     def refused_by_range(self, names: Iterable[str], zero_is_fine: bool = False) -> str:
         if self.ranges is None:
             return ""
@@ -316,6 +322,7 @@ def _weighted(graph: _Graph, rules: _Rules, node: onnx.NodeProto) -> _Verdict:
     reason = (
         rules.refused_by_choice(node)
         or _refused_by_kind(graph, node, rules.min_channels)
+        or rules.refused_as_qoperator(node, graph.constants[node.input[1]])
         or rules.refused_by_range([node.input[0], *outputs])
     )
     return _Verdict(reason, (0,))

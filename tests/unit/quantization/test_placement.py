@@ -354,6 +354,15 @@ def test_a_matrix_has_a_scale_for_every_column() -> None:
     assert decide(MATMUL)[0].inputs[1] == QuantizedInput(1, "w", None, 1)
 
 
+def test_a_stack_of_matrices_has_no_scale_a_column_as_qoperator() -> None:
+    model = graph([node("MatMul", "x", "w", "y")], w=(4, 64, 32))
+    known = {name: TensorRange(-1, 1, "minmax") for name in ("x", "y")}
+    for per_channel in (True, False):
+        section = QuantizeSection(format="qoperator", per_channel=per_channel)
+        (decision,) = place(model, section, known, False)
+        assert decision.quantized != per_channel
+
+
 # Ranges ------------------------------------------------------------------------------------------
 
 
