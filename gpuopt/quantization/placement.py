@@ -37,6 +37,7 @@ LARGEST_FP16 = 65504.0
 MOST_WIDENED = 2.0
 """A tensor does not join a region whose range is wider by more: it would lose over one bit of its eight."""
 
+_UNKNOWN = onnx.TensorProto.UNDEFINED
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 _SENSITIVE = (
@@ -172,9 +173,11 @@ class _Graph:
         self.producers: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
         self.shapes: dict[str, tuple[int | None, ...]] = {}
+        self.types: dict[str, int] = {}
         self.depths: dict[str, int] = {}
         """Nodes on the longest path from an input of the graph to a tensor."""
         for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+            self.types[value.name] = value.type.tensor_type.elem_type
             if value.type.tensor_type.HasField("shape"):
                 dims = value.type.tensor_type.shape.dim
                 self.shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
@@ -331,6 +334,9 @@ def _weighted(graph: _Graph, rules: _Rules, node: onnx.NodeProto) -> _Verdict:
 def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int) -> str:
     activation, operand = node.input[:2]
     weight = graph.constants.get(operand)
+    kind = graph.types.get(activation, _UNKNOWN)
+    if kind not in (_UNKNOWN, onnx.TensorProto.FLOAT):
+        return f"'{activation}' is {onnx.TensorProto.DataType.Name(kind)}: only FP32 is quantized"
     if activation in graph.constants:
         return (
             "both operands are constants"

@@ -46,7 +46,7 @@ def run(context: StageContext) -> StageOutcome:
         raise QuantizationError(
             "no node can be quantized: "
             + ("; ".join(r for r, _ in reasons) or "the graph has no Conv, MatMul or Gemm"),
-            "Use --precision fp16, or relax the quantize section of the recipe.",
+            "Use 'gpuopt compile --precision fp16', or relax the quantize section of the recipe.",
         )
     try:
         graphs = qdq.quantize(model, recipe.quantize, decisions, known, fp16)

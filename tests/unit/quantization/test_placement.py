@@ -122,6 +122,13 @@ def test_products_of_activations_stay_out() -> None:
     assert reason(model).startswith("both operands are activations")
 
 
+@pytest.mark.parametrize("kind", ["FLOAT16", "DOUBLE", "INT64"])
+def test_what_is_not_fp32_stays_out_with_its_type(kind: str) -> None:
+    model = graph([node("MatMul", "x", "w", "y")], w=(64, 32))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.DataType.Value(kind)
+    assert reason(model) == f"'x' is {kind}: only FP32 is quantized"
+
+
 def test_a_weight_on_the_left_stays_out_with_its_own_reason() -> None:
     assert reason(graph([node("MatMul", "w", "x", "y")], w=(64, 64))).startswith("the weight is the first operand")
 
