@@ -112,7 +112,9 @@ def _document(recipe: Recipe, runner: Runner, files: Sequence[str], command: Seq
         "folder": recipe.output.directory,
         "files": list(files),
         "calibration": dict(facts["calibrate"]),
+        "equalization": dict(facts["equalize"]),
         "quantization": dict(facts["quantize"]),
+        "bias_correction": dict(facts.get("correct", {})),
         "warnings": [warning for result in runner.results for warning in result.entry.warnings],
         "nodes": nodes,
     }

@@ -32,20 +32,33 @@ class Sqnr:
     """Signal over error power in dB, the mean over the floating-point outputs.
 
     Attributes:
-        db: powers summed over the samples.
-        by_sample: of each sample alone, in order.
+        pooled_db: powers summed over the samples; few samples with outliers decide it.
+        by_sample: of each sample alone, in order; NaN where an output has no ratio.
     """
 
-    db: float
+    pooled_db: float
     by_sample: tuple[float, ...]
 
-    def gains_over(self, before: Sqnr, least_db: float) -> bool:
-        """Whether this is better by `least_db`, and on the single samples by more than twice the standard error."""
-        gains = np.subtract(self.by_sample, before.by_sample)
+    @property
+    def db(self) -> float:
+        """The mean over the samples."""
+        return float(np.nanmean(self.by_sample))
+
+    def gain_over(self, before: Sqnr) -> float:
+        """The mean over the samples that both have, in dB."""
+        return float(np.mean(self._gains(before)))
+
+    def pays_over(self, before: Sqnr, least_db: float) -> bool:
+        """Whether samples gain `least_db` and twice the standard error of it, and the few worst do not lose as much."""
+        gains = self._gains(before)
         if gains.size < 2:
             return False
         error = float(np.std(gains, ddof=1)) / math.sqrt(gains.size)
-        return self.db - before.db >= least_db and float(np.mean(gains)) > 2 * error
+        return self.gain_over(before) >= max(least_db, 2 * error) and self.pooled_db >= before.pooled_db - least_db
+
+    def _gains(self, before: Sqnr) -> Reals:
+        gains: Reals = np.subtract(self.by_sample, before.by_sample)
+        return gains[np.isfinite(gains)]
 
 
 class ExactOutputs:
@@ -91,10 +104,10 @@ def sqnr(exact: ExactOutputs, approximate: Session, samples: Iterable[Feed]) -> 
         for name, (signal, error) in powers.items():
             before = total.get(name, (0.0, 0.0))
             total[name] = (before[0] + signal, before[1] + error)
-        if (alone := _mean_db(powers)) is not None:
-            by_sample.append(alone)
-    db = _mean_db(total)
-    return None if db is None else Sqnr(db, tuple(by_sample))
+        alone = _mean_db(powers)
+        by_sample.append(math.nan if alone is None else alone)
+    pooled = _mean_db(total)
+    return None if pooled is None else Sqnr(pooled, tuple(by_sample))
 
 
 def _powers(want: npt.NDArray[Any], got: npt.NDArray[Any]) -> tuple[float, float]:

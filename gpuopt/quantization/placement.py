@@ -37,6 +37,7 @@ LARGEST_FP16 = 65504.0
 MOST_WIDENED = 2.0
 """A tensor does not join a region whose range is wider by more: it would lose over one bit of its eight."""
 
+_UNKNOWN = onnx.TensorProto.UNDEFINED
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 _SENSITIVE = (
@@ -172,9 +173,11 @@ class _Graph:
         self.producers: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
         self.shapes: dict[str, tuple[int | None, ...]] = {}
+        self.types: dict[str, int] = {}
         self.depths: dict[str, int] = {}
         """Nodes on the longest path from an input of the graph to a tensor."""
         for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+            self.types[value.name] = value.type.tensor_type.elem_type
             if value.type.tensor_type.HasField("shape"):
                 dims = value.type.tensor_type.shape.dim
                 self.shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
@@ -223,6 +226,12 @@ class _Rules:
             return f"{node.op_type} is excluded by quantize.op_types_to_exclude"
         if _matches(node.name, self.settings.nodes_to_exclude):
             return "excluded by quantize.nodes_to_exclude"
+        return ""
+
+    def refused_as_qoperator(self, node: onnx.NodeProto, weight: tuple[int, ...]) -> str:
+        per_channel = self.settings is not None and self.settings.per_channel
+        if self.qoperator and per_channel and node.op_type == "MatMul" and len(weight) > 2:
+            return "QLinearMatMul takes no scale a column for a stack of matrices; quantize.per_channel=false allows it"
         return ""
 
     def refused_by_range(self, names: Iterable[str], zero_is_fine: bool = False) -> str:
@@ -316,6 +325,7 @@ def _weighted(graph: _Graph, rules: _Rules, node: onnx.NodeProto) -> _Verdict:
     reason = (
         rules.refused_by_choice(node)
         or _refused_by_kind(graph, node, rules.min_channels)
+        or rules.refused_as_qoperator(node, graph.constants[node.input[1]])
         or rules.refused_by_range([node.input[0], *outputs])
     )
     return _Verdict(reason, (0,))
@@ -324,6 +334,9 @@ def _weighted(graph: _Graph, rules: _Rules, node: onnx.NodeProto) -> _Verdict:
 def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int) -> str:
     activation, operand = node.input[:2]
     weight = graph.constants.get(operand)
+    kind = graph.types.get(activation, _UNKNOWN)
+    if kind not in (_UNKNOWN, onnx.TensorProto.FLOAT):
+        return f"'{activation}' is {onnx.TensorProto.DataType.Name(kind)}: only FP32 is quantized"
     if activation in graph.constants:
         return (
             "both operands are constants"

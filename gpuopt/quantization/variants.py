@@ -142,6 +142,6 @@ def of_context(context: StageContext) -> Variants:
     if not variants.nodes:
         raise QuantizationError(
             "no node can be quantized, so that there is nothing to measure",
-            "Use --precision fp16, or relax the quantize section of the recipe.",
+            "Use 'gpuopt compile --precision fp16', or relax the quantize section of the recipe.",
         )
     return variants

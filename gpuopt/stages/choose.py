@@ -56,7 +56,7 @@ def best(found: dict[str, Sqnr | None]) -> str:
     safe = found["minmax"]
     if safe is None:
         return "minmax"
-    better = {m: s for m, s in found.items() if s is not None and s.gains_over(safe, LEAST_GAIN_DB)}
+    better = {m: s for m, s in found.items() if s is not None and s.pays_over(safe, LEAST_GAIN_DB)}
     return max(better, key=lambda method: better[method].db, default="minmax")
 
 

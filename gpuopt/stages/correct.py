@@ -79,7 +79,7 @@ def _shifts(context: StageContext) -> tuple[Mapping[str, Reals], dict[str, Any]]
         after = measurement.sqnr(outputs, session, split.held_out())
     facts["sqnr_db_before"] = None if before is None else round(before.db, 2)
     facts["sqnr_db_corrected"] = None if after is None else round(after.db, 2)
-    pays = before is not None and after is not None and after.gains_over(before, LEAST_GAIN_DB)
+    pays = before is not None and after is not None and after.pays_over(before, LEAST_GAIN_DB)
     if asked == "auto" and not pays:
         reason = f"it gains less than {LEAST_GAIN_DB} dB on {split.held_out_count} held-out samples, or by chance"
         return {}, {**facts, "reason": reason}

@@ -125,8 +125,8 @@ def _measured(model: onnx.ModelProto, sites: list[Site], context: StageContext) 
             "sqnr_db_after": _rounded(after),
         }
         tried.append(row)
-        gain = 0.0 if after is None or before is None else after.db - before.db
-        pays = after is not None and before is not None and after.gains_over(before, LEAST_GAIN_DB)
+        gain = 0.0 if after is None or before is None else after.gain_over(before)
+        pays = after is not None and before is not None and after.pays_over(before, LEAST_GAIN_DB)
         if best is None or (pays, gain) > best[0]:
             best = ((pays, gain), row, equalized)
         if method == "smooth" and alpha == _ALPHAS[0] and gain < LEAST_GAIN_DB / 2:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import onnx
@@ -14,6 +15,7 @@ from gpuopt.calibration import ranges
 from gpuopt.errors import GpuoptError, QuantizationError, described
 from gpuopt.quantization import existing, macs, placement, qdq, variants
 from gpuopt.quantization.placement import Placement
+from gpuopt.recipe import QuantizeSection
 from gpuopt.stages import fallback
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
@@ -44,7 +46,7 @@ def run(context: StageContext) -> StageOutcome:
         raise QuantizationError(
             "no node can be quantized: "
             + ("; ".join(r for r, _ in reasons) or "the graph has no Conv, MatMul or Gemm"),
-            "Use --precision fp16, or relax the quantize section of the recipe.",
+            "Use 'gpuopt compile --precision fp16', or relax the quantize section of the recipe.",
         )
     try:
         graphs = qdq.quantize(model, recipe.quantize, decisions, known, fp16)
@@ -66,7 +68,20 @@ def run(context: StageContext) -> StageOutcome:
         "qdq_pairs": pairs,
         "scales_rounded_to_fp16": graphs.scales_rounded,
     }
-    return StageOutcome(facts)
+    return StageOutcome(facts, tuple(_without_effect(model, recipe.quantize)))
+
+
+def _without_effect(model: onnx.ModelProto, settings: QuantizeSection) -> Iterator[str]:
+    """A warning for every pattern of the recipe that meets nothing in the graph."""
+    names = [node.name for node in model.graph.node]
+    types = [node.op_type for node in model.graph.node]
+    for key, patterns, present in (
+        ("nodes_to_exclude", settings.nodes_to_exclude, names),
+        ("op_types_to_exclude", settings.op_types_to_exclude, types),
+    ):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(one, pattern) for one in present):
+                yield f"quantize.{key}: '{pattern}' is nowhere in the graph; gpuopt quantize --explain lists the nodes"
 
 
 def _adopt(context: StageContext, model: onnx.ModelProto) -> StageOutcome:

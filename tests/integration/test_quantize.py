@@ -54,6 +54,7 @@ def test_the_command_writes_graphs_ranges_and_reasons(network: Path, gpuopt: Gpu
     document = result.report()
     assert document == json.loads((folder / "quantize.json").read_text())
     assert set(document["files"]) == FILES - {"manifest.json"}
+    assert document["equalization"]["asked"] == document["bias_correction"]["asked"] == "auto"
     decided = {node["node"]: node for node in document["nodes"]}
     assert list(decided) == [name for name, _ in nodes_of(folder)]
     assert decided["/body/Conv"]["quantized"]

@@ -37,8 +37,9 @@ def test_sqnr_is_the_mean_over_outputs_of_the_summed_powers(tmp_path: Path) -> N
     found = sqnr(outputs, other, feeds)
     assert found is not None
     # The second output is log(1) = 0: no signal, so no ratio.
-    assert found.db == pytest.approx(10 * np.log10((1 + 25) / (0.25 + 0.25)))
+    assert found.pooled_db == pytest.approx(10 * np.log10((1 + 25) / (0.25 + 0.25)))
     assert found.by_sample == pytest.approx([10 * np.log10(1 / 0.25), 10 * np.log10(25 / 0.25)])
+    assert found.db == pytest.approx(np.mean(found.by_sample))
     same = sqnr(outputs, exact, feeds)
     assert same is not None
     assert same.db == 200
@@ -63,17 +64,22 @@ def test_the_original_runs_again_only_where_its_outputs_are_too_large_to_keep(
 
 
 @pytest.mark.parametrize(
-    ("after", "pays"),
+    ("after", "pooled", "pays"),
     [
-        ((11.0, 11.1, 10.9, 11.0), True),
-        ((10.1, 10.1, 10.1, 10.1), False),
-        ((16.0, 9.0, 9.0, 10.0), False),
-        ((11.0,), False),
+        ((11.0, 11.1, 10.9, 11.0), 11.0, True),
+        ((11.0, 11.1, 10.9, np.nan), 11.0, True),
+        ((10.1, 10.1, 10.1, 10.1), 10.1, False),
+        ((16.0, 9.0, 9.0, 10.0), 11.0, False),
+        # One sample that is clipped with and without hides what the others gain, and is no reason against it.
+        ((11.0, 11.1, 10.9, 11.0), 9.9, True),
+        ((11.0, 11.1, 10.9, 11.0), 9.7, False),
+        ((11.0,), 11.0, False),
+        ((np.nan, np.nan), 11.0, False),
     ],
 )
-def test_a_gain_counts_if_it_is_large_enough_and_no_chance(after: tuple[float, ...], pays: bool) -> None:
+def test_a_gain_counts_if_it_is_large_enough_and_no_chance(after: tuple[float, ...], pooled: float, pays: bool) -> None:
     before = Sqnr(10.0, (10.0,) * len(after))
-    assert Sqnr(float(np.mean(after)), after).gains_over(before, 0.2) == pays
+    assert Sqnr(pooled, after).pays_over(before, 0.2) == pays
 
 
 @settings(deadline=None, max_examples=20)

@@ -122,6 +122,13 @@ def test_products_of_activations_stay_out() -> None:
     assert reason(model).startswith("both operands are activations")
 
 
+@pytest.mark.parametrize("kind", ["FLOAT16", "DOUBLE", "INT64"])
+def test_what_is_not_fp32_stays_out_with_its_type(kind: str) -> None:
+    model = graph([node("MatMul", "x", "w", "y")], w=(64, 32))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.DataType.Value(kind)
+    assert reason(model) == f"'x' is {kind}: only FP32 is quantized"
+
+
 def test_a_weight_on_the_left_stays_out_with_its_own_reason() -> None:
     assert reason(graph([node("MatMul", "w", "x", "y")], w=(64, 64))).startswith("the weight is the first operand")
 
@@ -352,6 +359,15 @@ def test_weights_have_a_scale_for_every_output_channel(made: onnx.NodeProto, axi
 
 def test_a_matrix_has_a_scale_for_every_column() -> None:
     assert decide(MATMUL)[0].inputs[1] == QuantizedInput(1, "w", None, 1)
+
+
+def test_a_stack_of_matrices_has_no_scale_a_column_as_qoperator() -> None:
+    model = graph([node("MatMul", "x", "w", "y")], w=(4, 64, 32))
+    known = {name: TensorRange(-1, 1, "minmax") for name in ("x", "y")}
+    for per_channel in (True, False):
+        section = QuantizeSection(format="qoperator", per_channel=per_channel)
+        (decision,) = place(model, section, known, False)
+        assert decision.quantized != per_channel
 
 
 # Ranges ------------------------------------------------------------------------------------------

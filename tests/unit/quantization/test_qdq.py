@@ -77,7 +77,20 @@ def test_an_activation_s_scale(amax: float, scale: float) -> None:
 # All values are multiples of a power of two with few bits and all scales are powers of two, so that
 # every sum is exact and the graphs have to be equal bit by bit, whatever the order of summation.
 
-STEPS = ("conv", "conv", "residual", "residual", "concat", "pool", "reshape", "transpose", "relu", "split")
+STEPS = (
+    "conv",
+    "conv",
+    "residual",
+    "residual",
+    "concat",
+    "pool",
+    "reshape",
+    "transpose",
+    "relu",
+    "split",
+    "slice",
+    "axis",
+)
 
 
 class Builder:
@@ -90,6 +103,8 @@ class Builder:
             "shape": np.array([2, 16, 9]),
             "back": np.array(SIZE),
             "halves": np.array([8, 8]),
+            **{f"slice{index}": np.array([value]) for index, value in enumerate((-1, -100, 2, -1))},
+            "front": np.array([0]),
         }
         self.tensors = ["x"]
 
@@ -127,6 +142,10 @@ class Builder:
         elif kind == "split":
             first = self.add("Split", [source, "halves"], outputs=2, axis=1)
             made = self.add("Concat", [f"{first}_1", first], axis=1)
+        elif kind == "slice":
+            made = self.add("Slice", [source, *(f"slice{index}" for index in range(4))])
+        elif kind == "axis":
+            made = self.add("Squeeze", [self.add("Identity", [self.add("Unsqueeze", [source, "front"])]), "front"])
         else:
             made = self.add("Relu", [source])
         self.tensors.append(made)
@@ -176,6 +195,10 @@ def in_numpy(model: onnx.ModelProto, decisions: Sequence[Placement], x: Array) -
             results = [first.transpose(0, 1, 3, 2)]
         elif node.op_type == "Split":
             results = np.split(first, 2, axis)
+        elif node.op_type == "Slice":
+            results = [first[:, :, ::-1]]
+        elif node.op_type in ("Unsqueeze", "Squeeze", "Identity"):
+            results = [{"Unsqueeze": first[None], "Squeeze": first[0], "Identity": first}[node.op_type]]
         else:
             results = [np.maximum(first, 0)]
         known.update(zip(node.output, results, strict=True))

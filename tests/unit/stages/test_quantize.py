@@ -250,6 +250,15 @@ def test_the_stage_makes_two_graphs_that_compute_the_same(tmp_path: Path) -> Non
     assert {"w1", "w2", "skip"} <= {t.name for t in engine.graph.initializer}
 
 
+def test_a_pattern_that_excludes_nothing_is_told(tmp_path: Path) -> None:
+    section = {"nodes_to_exclude": ["head", "hed*"], "op_types_to_exclude": ["Relu", "matmul"]}
+    warnings = quantize.run(context(tmp_path, quantize=section)).warnings
+    assert [warning.partition(" is nowhere")[0] for warning in warnings] == [
+        "quantize.nodes_to_exclude: 'hed*'",
+        "quantize.op_types_to_exclude: 'matmul'",
+    ]
+
+
 def test_every_scale_of_a_graph_for_fp16_is_an_fp16_number(tmp_path: Path) -> None:
     outcome = quantize.run(context(tmp_path, {name: TensorRange(-3.7, 3.3, "mse") for name in KNOWN}))
     assert outcome.facts["scales_rounded_to_fp16"] > 0
