@@ -91,6 +91,30 @@ def test_sizes_may_change_from_sample_to_sample(tmp_path: Path) -> None:
     assert found.ranges["x"].amax == max(float(np.abs(f["x"]).max()) for f in feeds)
 
 
+def test_short_slices_of_open_length_are_not_stretched(tmp_path: Path) -> None:
+    """Sequence first, as in torch's attention: thousands of slices shorter than the share."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["length", "n", 4]) for name in "xy"]
+    nodes = [helper.make_node("Neg", ["x"], ["t"]), helper.make_node("Neg", ["t"], ["y"])]
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:])
+    model = onnx_model.with_types(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10))
+    feeds = [{"x": np.random.default_rng(0).standard_normal((2000, 1, 4), dtype=np.float32)}]
+    collector = RangeCollector("entropy", values_per_slice=1 << 14)
+    found = calibrate(model, ["t"], Samples(feeds), collector, tmp_path / "w", RunOptions(max_memory=40 * MIB))
+    # Of 16384 values each they would take 125 MiB.
+    assert found.peak_bytes <= 40 * MIB
+
+
+@pytest.mark.parametrize("values", [0, 100])
+@pytest.mark.parametrize("method", ["minmax", "entropy"])
+def test_a_sample_may_leave_an_activation_empty(method: str, values: int, tmp_path: Path) -> None:
+    feeds = images(2)
+    empty = {"x": np.zeros((0, 3, 24, 24), np.float32)}
+    assert (
+        run([empty, *feeds], tmp_path / "a", method, values).ranges == run(feeds, tmp_path / "b", method, values).ranges
+    )
+    assert run([empty], tmp_path / "c", method, values).ranges == {}
+
+
 def test_minmax_equals_that_of_the_whole_activations(tmp_path: Path) -> None:
     from gpuopt.backends.onnxruntime import Session
 
