@@ -148,7 +148,7 @@ def ours(model: Path, method: str, count: int) -> dict[str, float]:
 
     graph = onnx_model.with_types(onnx_model.load(model.parent))
     tensors = placement.candidate_tensors(graph)
-    collector = RangeCollector(method, values_per_slice=CalibrateSection().values_per_slice(count))
+    collector = RangeCollector(method, values_per_slice=CalibrateSection().values)
     samples, clock = Samples(count + 1), Clock()
 
     def seen(sample: Seen) -> None:

@@ -62,8 +62,7 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
     listener = _Listener(context, planned, DataChecks(list(first_layers.merged(stored, first_layers.of_graph(model)))))
     providers = execution_providers(settings.provider)
     options = RunOptions(planned, settings.max_memory, providers, listener.seen, listener.estimated)
-    share = settings.values_per_slice(planned)
-    collector = RangeCollector(settings.method, settings.percentile, values_per_slice=share)
+    collector = RangeCollector(settings.method, settings.percentile, values_per_slice=settings.values)
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
         raise RequirementError(

@@ -173,8 +173,7 @@ class _Trial:
         wanted = placement.candidate_tensors(model, settings.format == "qoperator", settings.min_channels)
         tensors = [name for name in wanted if name in known]
         with tempfile.TemporaryDirectory(dir=self.context.output) as scratch:
-            share = how.values_per_slice(how.samples)
-            collector = RangeCollector(how.method, how.percentile, values_per_slice=share)
+            collector = RangeCollector(how.method, how.percentile, values_per_slice=how.values)
             found = calibrate(model, tensors, self.split.chosen_by(), collector, Path(scratch) / "watched").ranges
             decisions = placement.place(model, settings, found, fp16)
             if not any(decision.quantized for decision in decisions):
