@@ -17,7 +17,7 @@ from gpuopt import onnx_model
 from gpuopt.calibration.collectors import METHODS, RangeCollector, TensorRange
 from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
-from gpuopt.errors import QuantizationError, RequirementError
+from gpuopt.errors import DataError, QuantizationError, RequirementError
 
 Feed = dict[str, np.ndarray[Any, Any]]
 
@@ -177,6 +177,20 @@ def test_a_share_of_the_values_needs_little_more_than_plain_inference(tmp_path: 
     assert share.passes == 1
     assert share.peak_bytes <= 35 * MIB
     assert limited(0, 45 * MIB).passes > 1
+
+
+def test_every_pass_needs_the_same_samples(tmp_path: Path) -> None:
+    class Fewer(Samples):
+        passes = 0
+
+        def __iter__(self) -> Iterator[Feed]:
+            self.passes += 1
+            return iter(self.feeds[: 4 - self.passes])
+
+    model, tensors = network(channels=32, layers=6), ["r0", "r1", "r2", "r3", "r4"]
+    options = RunOptions(max_memory=50 * MIB)
+    with pytest.raises(DataError, match="pass 2 over the calibration data has 1 samples, the first 2"):
+        calibrate(model, tensors, Fewer(images(3, size=256)), RangeCollector("entropy"), tmp_path / "w", options)
 
 
 def test_too_small_a_limit_says_what_is_needed(tmp_path: Path) -> None:
