@@ -84,6 +84,11 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
     if providers[0] != found.provider:
         warnings.append(f"{providers[0]} did not start: calibrated on {found.provider}")
+    if settings.max_memory is not None and found.peak_bytes > settings.max_memory:
+        warnings.append(
+            f"calibration took {found.peak_bytes / MIB:.1f} MiB, which is above the limit of "
+            f"{settings.max_memory / MIB:.1f} MiB"
+        )
     warnings += [finding.message for finding in findings]
     facts = {
         **about,

@@ -16,7 +16,7 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.held_out import FEWEST_SAMPLES, Split, open_split
-from gpuopt.calibration.run import calibrate
+from gpuopt.calibration.run import RunOptions, calibrate
 from gpuopt.comparison import SAME, first_difference
 from gpuopt.errors import described
 from gpuopt.quantization import equalization, measurement, placement, qdq
@@ -174,7 +174,9 @@ class _Trial:
         tensors = [name for name in wanted if name in known]
         with tempfile.TemporaryDirectory(dir=self.context.output) as scratch:
             collector = RangeCollector(how.method, how.percentile, values_per_slice=how.values)
-            found = calibrate(model, tensors, self.split.chosen_by(), collector, Path(scratch) / "watched").ranges
+            options = RunOptions(max_memory=how.max_memory)
+            watched = Path(scratch) / "watched"
+            found = calibrate(model, tensors, self.split.chosen_by(), collector, watched, options).ranges
             decisions = placement.place(model, settings, found, fp16)
             if not any(decision.quantized for decision in decisions):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,17 @@ def test_neither_order_nor_batch_size_matter(method: str, tmp_path: Path) -> Non
     # Of the input nothing but the data decides; a convolution sums up in another order in another batch.
     assert batched["x"] == alone["x"]
     assert np.isclose(batched["r0"].amax, alone["r0"].amax, rtol=1e-3)
+
+
+def test_a_limit_that_was_not_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = calibrate.calibrate
+
+    def grown(*arguments: Any) -> Any:
+        return replace(measured(*arguments), peak_bytes=600 << 20)
+
+    monkeypatch.setattr(calibrate, "calibrate", grown)
+    _, kept = run(tmp_path / "kept", [np.ones((1, 16, 72, 72), np.float32)], max_memory="1GiB")
+    _, missed = run(tmp_path / "missed", [np.ones((1, 16, 72, 72), np.float32)], max_memory="500MiB")
+    told = "calibration took 600.0 MiB, which is above the limit of 500.0 MiB"
+    assert told in missed.warnings
+    assert not any("limit" in warning for warning in kept.warnings)
