@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from gpuopt.shapes import DTYPES, TensorSpec
 
 IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
+
+_FEW_ELEMENTS = 16
+"""Initializers up to this size may state shapes: of a Resize, two numbers an axis."""
 
 _MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
 
@@ -324,11 +328,11 @@ def float_tensors(model: onnx.ModelProto) -> set[str]:
 def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors when the graph's inputs have these shapes, where onnx can infer them.
 
-    The weights' values are not looked at, but those that state shapes are.
+    The weights' values are not looked at, but those that state shapes are, the scales of a Resize among them.
     """
     graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node)
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.INT64 or not tensor.dims:
+        if tensor.data_type == TensorProto.INT64 or math.prod(tensor.dims) <= _FEW_ELEMENTS:
             graph.initializer.append(tensor)
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

@@ -250,3 +250,12 @@ def test_shapes_are_those_that_onnxruntime_gives(data: st.DataObject, tmp_path_f
     session = Session(onnx_model.save(model, tmp_path_factory.mktemp("m")))
     values = session.run({"x": np.zeros(shape, np.float32)})
     assert {name: value.shape for name, value in values.items()} == {name: inferred[name] for name in values}
+
+
+def test_the_scales_of_a_resize_are_seen() -> None:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in "xy"]
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    graph = helper.make_graph([node], "g", value[:1], value[1:], [scales])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    assert onnx_model.concrete_shapes(model, {"x": (2, 3, 5, 7)})["y"] == (2, 3, 10, 14)
