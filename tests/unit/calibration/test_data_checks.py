@@ -332,6 +332,16 @@ def test_an_onnx_graph_is_read_like_a_torch_model() -> None:
     assert untrained.norm is None
 
 
+def test_sums_beyond_fp16_are_held() -> None:
+    weight = numpy_helper.from_array(np.full((4, 3, 8, 8), 4, np.float16), "w")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in "xy"]
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    (conv,) = first_layers.of_graph(helper.make_model(helper.make_graph([node], "g", value[:1], value[1:], [weight])))
+    outputs = conv.outputs_at(np.full((1, 3, 8, 8), 255, np.float16), 2, 0)
+    assert outputs is not None
+    assert np.all(outputs == 3 * 64 * 4 * 255)
+
+
 def test_stored_norms_come_before_the_graph_s(tmp_path: Path) -> None:
     stored, left = conv_with(Norm("n", np.ones(4), np.ones(4))), conv_with(None)
     assert list(first_layers.merged([stored], [left])) == [stored]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from gpuopt import onnx_model, recipe
 from gpuopt.artifact import Artifact, StageOutcome
@@ -23,17 +23,18 @@ from gpuopt.stages.context import StageContext
 Array = np.ndarray[Any, Any]
 
 
-def network() -> onnx.ModelProto:
+def network(dtype: type[np.floating[Any]] = np.float32) -> onnx.ModelProto:
     """Two convolutions over images of any number."""
     generator = np.random.default_rng(0)
     nodes, constants, name = [], [], "x"
     for index in range(2):
-        weight = generator.standard_normal((16, 16, 3, 3)).astype(np.float32) / 12
+        weight = generator.standard_normal((16, 16, 3, 3)).astype(dtype) / 12
         constants.append(numpy_helper.from_array(weight, f"w{index}"))
         nodes.append(helper.make_node("Conv", [name, f"w{index}"], [f"c{index}"], f"conv{index}", pads=[1] * 4))
         nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"], f"relu{index}"))
         name = f"r{index}"
-    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 16, 72, 72]) for n in ("x", name)]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    value = [helper.make_tensor_value_info(n, kind, ["n", 16, 72, 72]) for n in ("x", name)]
     graph = helper.make_graph(nodes, "g", value[:1], value[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
     return onnx_model.with_types(model)
@@ -85,3 +86,9 @@ def test_a_limit_that_was_not_kept_is_told(tmp_path: Path, monkeypatch: pytest.M
     told = "calibration took 600.0 MiB, which is above the limit of 500.0 MiB"
     assert told in missed.warnings
     assert not any("limit" in warning for warning in kept.warnings)
+
+
+def test_activations_of_fp16_are_named(tmp_path: Path) -> None:
+    found, outcome = run(tmp_path, [np.ones((1, 16, 72, 72), np.float16)], network(np.float16))
+    assert found == {}
+    assert any(w.startswith("2 of 2 activations are not known to be float32") for w in outcome.warnings)
