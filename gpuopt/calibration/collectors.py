@@ -12,7 +12,8 @@ their order nor on how they were cut into batches.
 Extremes are taken over every value. Into the histograms of `entropy` and `mse`, which weigh the shape
 of a distribution, go at most `values_per_slice` values of each slice along the first axis (of a
 sample, in a batch), evenly spread over it: a choice that depends on shapes alone, and so again on
-neither order nor batches.
+neither order nor batches. Where the batch is not the first axis (attention with the sequence first),
+that holds as long as a slice has no more values than that.
 """
 
 from __future__ import annotations
