@@ -142,7 +142,7 @@ def _norm_of(node: onnx.NodeProto | None, constants: Mapping[str, onnx.TensorPro
 
 def _array(tensor: onnx.TensorProto) -> _Array:
     """In single precision: what a first Conv makes of unscaled pixels is beyond FP16."""
-    return numpy_helper.to_array(tensor).astype(np.float32)
+    return np.asarray(numpy_helper.to_array(tensor), np.float32)
 
 
 def save(folder: Path, convs: Iterable[FirstConv]) -> None:
