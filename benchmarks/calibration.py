@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--peer-images", type=int, default=64, help="at most; halved until the peer survives")
-    parser.add_argument("--model", type=Path, help="ONNX file instead of the exported ResNet-50")
+    parser.add_argument(
+        "--model", type=Path, help="ONNX file instead of the exported ResNet-50; its input is `x`, of the same shape"
+    )
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="of plain inference and gpuopt")
     parser.add_argument("--work", nargs=3, metavar=("WHO", "METHOD", "COUNT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -146,9 +148,9 @@ def ours(model: Path, method: str, count: int) -> dict[str, float]:
     from gpuopt.quantization import placement
     from gpuopt.recipe import CalibrateSection
 
-    graph = onnx_model.with_types(onnx_model.load(model.parent))
+    graph = onnx_model.with_types(onnx_model.load_untrusted(model))
     tensors = placement.candidate_tensors(graph)
-    collector = RangeCollector(method, values_per_slice=CalibrateSection().values_per_slice(count))
+    collector = RangeCollector(method, values_per_slice=CalibrateSection().values)
     samples, clock = Samples(count + 1), Clock()
 
     def seen(sample: Seen) -> None:

@@ -103,7 +103,8 @@ STAGES = (
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
     Stage(
         "equalize", ("onnx", "reference"), ("onnx", "float_onnx"),
-        (*_SAMPLES, *_RANGES, "calibrate.samples", "calibrate.ranges", *_PLACEMENT, *_EQUALIZATION), _ORT,
+        (*_SAMPLES, *_RANGES, "calibrate.samples", "calibrate.ranges", "calibrate.max_memory", *_PLACEMENT,
+         *_EQUALIZATION), _ORT,
         applies=_is_int8, sources=("data",),
     ),
     Stage(
@@ -344,6 +345,8 @@ class Runner:
         }.get(section, ())
         if section == "calibrate.ranges":
             return value is not None
+        if section == "calibrate.max_memory":
+            return None
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     def _model_fingerprint(self) -> str | None:

@@ -188,10 +188,6 @@ class ImageSection(Section):
     color: Literal["rgb", "bgr", "gray"] = "rgb"
 
 
-_FEWEST_VALUES = 1 << 14
-"""Of an activation and sample in a histogram, however many samples there are."""
-
-
 class CalibrateSection(Section):
     """Which data decides the INT8 ranges, and how."""
 
@@ -204,18 +200,14 @@ class CalibrateSection(Section):
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
     random: bool = Field(False, description="Random data, for smoke tests; marks the report.")
     values: int = Field(
-        1 << 22,
+        1 << 14,
         ge=0,
-        description="entropy, mse: values of an activation that make its histogram, over all samples; 0: every one.",
+        description="entropy, mse: values of an activation that each sample adds to its histogram; 0: every one.",
     )
     max_memory: MemorySize | None = Field(None, description="The most that calibration may add, as 2GiB or 500MiB.")
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     strict: bool = Field(False, description="A finding of the data checks is an error.")
     images: ImageSection | None = None
-
-    def values_per_slice(self, samples: int) -> int:
-        """Values of an activation that each of so many samples adds to its histogram; 0: all of them."""
-        return self.values and max(_FEWEST_VALUES, -(-self.values // samples))
 
     @model_validator(mode="after")
     def _one_source(self) -> CalibrateSection:

@@ -12,7 +12,8 @@ their order nor on how they were cut into batches.
 Extremes are taken over every value. Into the histograms of `entropy` and `mse`, which weigh the shape
 of a distribution, go at most `values_per_slice` values of each slice along the first axis (of a
 sample, in a batch), evenly spread over it: a choice that depends on shapes alone, and so again on
-neither order nor batches.
+neither order nor batches. Where the batch is not the first axis (attention with the sequence first),
+that holds as long as a slice has no more values than that.
 """
 
 from __future__ import annotations
@@ -188,11 +189,9 @@ class RangeCollector:
                 f"tensor '{name}' has dtype {values.dtype}, ranges are for floating point only",
                 "Leave integer tensors out of the calibration.",
             )
-        if not values.size:
-            self._tensors.setdefault(name, _Summary())
-            return 0.0
         extremes = [(float(chunk.min()), float(chunk.max())) for chunk in _chunks(values)]
-        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+        low = min((low for low, _ in extremes), default=math.inf)
+        high = max((high for _, high in extremes), default=-math.inf)
         if any(math.isnan(one) for one, _ in extremes):
             low = high = math.nan
         return self.add(name, low, high, share(values, self.values_per_slice))
@@ -202,15 +201,18 @@ class RangeCollector:
 
         Args:
             name: the tensor.
-            low, high: exact, over all values; NaN if any value is.
+            low, high: exact, over all values; NaN if any value is; low > high if there is none.
             values: floating point, none beyond the extremes; not looked at for `minmax`.
 
         Returns:
-            The largest magnitude.
+            The largest magnitude; 0 for none.
 
         Raises:
             DataError: an extreme is NaN or infinite.
         """
+        if low > high:
+            self._tensors.setdefault(name, _Summary())
+            return 0.0
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DataError(
                 f"tensor '{name}' holds NaN or infinite values",

@@ -153,6 +153,8 @@ class DataChecks:
         self._inputs: dict[str, _Input] = {}
         self._outputs: dict[str, _Outputs] = {}
         self._count = 0
+        self._slices = 0
+        self._alone = False
         self._seen: dict[bytes, int] = {}
         self._duplicates: list[tuple[int, int]] = []
         self._near_duplicates: list[tuple[int, int]] = []
@@ -167,6 +169,8 @@ class DataChecks:
             feed: values by input name, finite.
         """
         self._count += 1
+        self._slices += _slices(feed)
+        self._alone = len(feed) == 1
         digest = hashlib.blake2b(digest_size=16)
         points = []
         for name, values in sorted(feed.items()):
@@ -216,8 +220,10 @@ class DataChecks:
         conv = self._convs.get(name)
         channels = values.shape[1] if conv is not None and values.ndim > 2 else 1
         cut = values.reshape(values.shape[0], channels, -1) if channels > 1 else values.reshape(1, 1, -1)
-        sums = cut.sum(axis=(0, 2)).astype(np.float64)
-        squares = np.einsum("ncx,ncx->c", cut, cut, dtype=None if cut.itemsize > 2 else np.float32).astype(np.float64)
+        # FP16 overflows at 65504, which the pixels of one image exceed together.
+        dtype = cut.dtype if cut.itemsize > 2 else np.float32
+        sums = cut.sum(axis=(0, 2), dtype=dtype).astype(np.float64)
+        squares = np.einsum("ncx,ncx->c", cut, cut, dtype=dtype).astype(np.float64)
         lows, highs = cut.min(axis=(0, 2)), cut.max(axis=(0, 2))
         kept = self._inputs.get(name)
         if kept is None:
@@ -331,8 +337,8 @@ class DataChecks:
 
     def _zero(self, name: str) -> list[Finding]:
         kept = self._inputs[name]
-        # An input that is zero throughout and feeds no Conv may be a state or a mask.
-        if not kept.zeros or (name not in self._convs and kept.zero_samples == self._count):
+        # Beside other inputs, one that feeds no Conv may be a state, a mask or a time.
+        if not kept.zeros or not (name in self._convs or self._alone):
             return []
         some = ", ".join(map(str, kept.zeros[:4])) + (", ..." if kept.zero_samples > 4 else "")
         message = f"'{name}' is all zeros in {kept.zero_samples} of {self._count} samples (sample {some})"
@@ -356,10 +362,10 @@ class DataChecks:
         return found
 
     def _few(self) -> list[Finding]:
-        if self._count >= FEW_SAMPLES:
+        if self._slices >= FEW_SAMPLES:
             return []
-        message = f"only {self._count} calibration samples: ranges may be too narrow; a few hundred are usual"
-        return [Finding("few-samples", message, {"samples": self._count, "at_least": FEW_SAMPLES})]
+        message = f"only {self._slices} calibration samples: ranges may be too narrow; a few hundred are usual"
+        return [Finding("few-samples", message, {"samples": self._slices, "at_least": FEW_SAMPLES})]
 
 
 class _Known:
@@ -483,6 +489,12 @@ class _Growth:
             middle = (low + high) // 2
             low, high = (low, middle) if settled(middle) else (middle, high)
         return high - self._count
+
+
+def _slices(feed: Mapping[str, _Array]) -> int:
+    """How many samples a feed is: a batch of them, where its inputs agree on the length of a first axis."""
+    lengths = {values.shape[0] if values.ndim > 1 else 1 for values in feed.values()}
+    return lengths.pop() if len(lengths) == 1 else 1
 
 
 def _is_checkpoint(count: int) -> bool:

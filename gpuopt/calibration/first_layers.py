@@ -114,7 +114,7 @@ def of_graph(model: onnx.ModelProto) -> list[FirstConv]:
     for node in graph.node:
         if node.op_type != "Conv" or node.input[0] not in inputs - set(found) or node.input[1] not in constants:
             continue
-        weight = numpy_helper.to_array(constants[node.input[1]])
+        weight = _array(constants[node.input[1]])
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         axes = weight.ndim - 2
         if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
@@ -123,7 +123,7 @@ def of_graph(model: onnx.ModelProto) -> list[FirstConv]:
         found[node.input[0]] = FirstConv(
             node.input[0],
             weight,
-            numpy_helper.to_array(bias) if bias is not None else np.zeros(weight.shape[0], np.float32),
+            _array(bias) if bias is not None else np.zeros(weight.shape[0], np.float32),
             tuple(attributes.get("strides", [1] * axes)),
             tuple(attributes.get("pads", [0] * axes)[:axes]),
             tuple(attributes.get("dilations", [1] * axes)),
@@ -135,9 +135,14 @@ def of_graph(model: onnx.ModelProto) -> list[FirstConv]:
 def _norm_of(node: onnx.NodeProto | None, constants: Mapping[str, onnx.TensorProto]) -> Norm | None:
     if node is None or any(name not in constants for name in node.input[3:5]):
         return None
-    mean, variance = (numpy_helper.to_array(constants[name]) for name in node.input[3:5])
+    mean, variance = (_array(constants[name]) for name in node.input[3:5])
     norm = Norm(node.name, mean, variance)
     return norm if norm.is_trained else None
+
+
+def _array(tensor: onnx.TensorProto) -> _Array:
+    """In single precision: what a first Conv makes of unscaled pixels is beyond FP16."""
+    return np.asarray(numpy_helper.to_array(tensor), np.float32)
 
 
 def save(folder: Path, convs: Iterable[FirstConv]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gpuopt.calibration.readers.base import Feed
@@ -50,17 +50,25 @@ class Split:
 
     def chosen_by(self) -> Iterable[Feed]:
         """The samples that may decide ranges, factors and corrections."""
-        return self._part(False)
+        return _Part(self, False)
 
     def held_out(self) -> Iterable[Feed]:
         """The samples that judge."""
-        return self._part(True)
+        return _Part(self, True)
 
-    def _part(self, held_out: bool) -> Iterable[Feed]:
-        for index, feed in enumerate(itertools.islice(self.samples, self.count)):
-            if (index % _HELD_OUT_EACH == _HELD_OUT_EACH - 1) == held_out:
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of a split; gives its samples anew with each iteration, as passes need it."""
+
+    split: Split
+    held_out: bool
+
+    def __iter__(self) -> Iterator[Feed]:
+        for index, feed in enumerate(itertools.islice(self.split.samples, self.split.count)):
+            if (index % _HELD_OUT_EACH == _HELD_OUT_EACH - 1) == self.held_out:
                 yield feed
-                self.after_sample()
+                self.split.after_sample()
 
 
 def open_split(context: StageContext, inputs: Sequence[TensorSpec], passes: int) -> Split:

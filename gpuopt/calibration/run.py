@@ -113,7 +113,7 @@ def calibrate(
     Raises:
         QuantizationError: the graph gives NaN or infinity on a sample.
         RequirementError: `max_memory` is too little for even one tensor at a time.
-        DataError: of the reader.
+        DataError: of the reader; or passes differ in their number of samples.
     """
     return _Run(model, tensors, samples, collector, scratch, options or RunOptions()).result()
 
@@ -186,17 +186,23 @@ class _Run:
             if self._options.max_memory is not None:
                 release_freed()
             try:
-                count = self._pass(group, before, len(done) + 1, len(done) + 1 + len(waiting))
+                found = self._pass(group, before, len(done) + 1, len(done) + 1 + len(waiting))
             except _TooLarge:
                 for name in group:
                     self._collector.forget(name)
                 middle = len(group) // 2
                 waiting[:0] = [group[:middle], group[middle:]]
             else:
+                if done and found != count:
+                    raise DataError(
+                        f"pass {len(done) + 1} over the calibration data has {found} samples, the first {count}",
+                        "The data must give the same samples each time they are read.",
+                    )
+                count = found
                 done.append(group)
-        found = self._collector.ranges()
+        ranges = self._collector.ranges()
         return Calibration(
-            ranges={name: found[name] for name in self._tensors if name in found},
+            ranges={name: ranges[name] for name in self._tensors if name in ranges},
             samples=count,
             passes=len(done),
             provider=self._provider,

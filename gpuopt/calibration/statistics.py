@@ -20,6 +20,7 @@ _PREFIX = "gpuopt.statistics"
 _EXTREMES = ("ReduceMax", "ReduceMin")
 # The extremes that ONNX Runtime gives leave NaN out; a sum does not, and no square cancels another.
 _WITNESS = "ReduceSumSquare"
+_Shape = list[int | None]
 
 
 def places(count: int) -> npt.NDArray[np.float64]:
@@ -61,7 +62,7 @@ class GraphStatistics:
         self._graph = graph
         self._numbers = {tensor: index for index, tensor in enumerate(tensors)}
         self._most = most
-        self._lengths = _slice_lengths(graph)
+        self._shapes = _known_shapes(graph)
         self._nodes = list(graph.node)
         self._before = len(graph.output), len(graph.initializer)
         self.outputs: list[str] = []
@@ -74,7 +75,10 @@ class GraphStatistics:
         self._graph.node.extend(self._nodes)
 
     def read(self, tensor: str, values: Mapping[str, Any]) -> tuple[float, float, npt.NDArray[Any] | None]:
-        """Lowest and highest value (NaN if any value is), and the share: float32 [first axis, `most` or fewer]."""
+        """Lowest and highest value, and the share: float32 [first axis, `most` or fewer].
+
+        The extremes are NaN if any value is; of a tensor without values inf and -inf.
+        """
         number = self._numbers[tensor]
         high, low, witness = (float(values[_name(part, number)]) for part in (*_EXTREMES, _WITNESS))
         if math.isnan(witness):
@@ -99,7 +103,7 @@ class GraphStatistics:
                 graph.output.append(helper.make_tensor_value_info(self.outputs[-1], TensorProto.FLOAT, None))
 
     def _statistics(self, tensor: str, constants: dict[str, npt.NDArray[Any]]) -> Iterator[onnx.NodeProto]:
-        number, length = self._numbers[tensor], self._lengths.get(tensor)
+        number, shape = self._numbers[tensor], self._shapes.get(tensor)
 
         def node(op_type: str, inputs: list[str], part: str, **attributes: Any) -> onnx.NodeProto:
             return helper.make_node(op_type, inputs, [_name(part, number)], _name(f"{part}_node", number), **attributes)
@@ -108,6 +112,12 @@ class GraphStatistics:
             yield node(reduction, [tensor], reduction, keepdims=0)
         if not self._most:
             return
+        if not shape:
+            # A scalar, or what may be one: Flatten takes none.
+            constants[f"{_PREFIX}/last_axis"] = np.array([-1], np.int64)
+            yield node("Unsqueeze", [tensor, f"{_PREFIX}/last_axis"], "with_axis")
+            tensor = _name("with_axis", number)
+        length = _slice_length(shape)
         if length is not None and length <= self._most:
             yield node("Flatten", [tensor], "values", axis=1)
             return
@@ -115,27 +125,47 @@ class GraphStatistics:
         if length is not None:
             chosen = f"{_PREFIX}/positions/{length}"
             constants[chosen] = positions(length, self._most)
-        else:
-            constants[f"{_PREFIX}/places"] = places(self._most)
-            constants[f"{_PREFIX}/last"] = np.array([1], np.int64)
-            chosen = _name("positions", number)
-            yield node("Shape", [_name("rows", number)], "shape")
-            yield node("Gather", [_name("shape", number), f"{_PREFIX}/last"], "length")
-            yield node("Cast", [_name("length", number)], "double_length", to=TensorProto.DOUBLE)
-            yield node("Mul", [_name("double_length", number), f"{_PREFIX}/places"], "exact_positions")
-            yield node("Cast", [_name("exact_positions", number)], "positions", to=TensorProto.INT64)
-        yield node("Gather", [_name("rows", number), chosen], "values", axis=1)
+            yield node("Gather", [_name("rows", number), chosen], "values", axis=1)
+            return
+        constants[f"{_PREFIX}/places"] = places(self._most)
+        constants[f"{_PREFIX}/second"] = np.array([1], np.int64)
+        constants[f"{_PREFIX}/more"] = np.array([self._most + 1], np.int64)
+        whole = [node("Identity", [_name("rows", number)], "whole")]
+        part = [
+            node("Cast", [_name("length", number)], "double_length", to=TensorProto.DOUBLE),
+            node("Mul", [_name("double_length", number), f"{_PREFIX}/places"], "exact_positions"),
+            node("Cast", [_name("exact_positions", number)], "positions", to=TensorProto.INT64),
+            node("Gather", [_name("rows", number), _name("positions", number)], "part", axis=1),
+        ]
+        yield node("Shape", [_name("rows", number)], "shape")
+        yield node("Gather", [_name("shape", number), f"{_PREFIX}/second"], "length")
+        yield node("Less", [_name("length", number), f"{_PREFIX}/more"], "is_short")
+        branches = {"then_branch": _branch(whole), "else_branch": _branch(part)}
+        yield node("If", [_name("is_short", number)], "values", **branches)
+
+
+def _branch(nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
+    """A subgraph that gives what the last node makes."""
+    name = nodes[-1].output[0]
+    return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
 
 
 def _name(part: str, number: int) -> str:
     return f"{_PREFIX}/{part}/{number}"
 
 
-def _slice_lengths(graph: onnx.GraphProto) -> dict[str, int]:
-    """Elements of a slice along the first axis, of the tensors where the graph fixes them."""
-    lengths = {}
-    for value in [*graph.value_info, *graph.output]:
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims[1:]):
-            lengths[value.name] = math.prod(dim.dim_value for dim in dims[1:])
-    return lengths
+def _known_shapes(graph: onnx.GraphProto) -> dict[str, _Shape]:
+    """The tensors' shapes as far as the graph states them, None for an axis that it leaves open."""
+    return {
+        value.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim]
+        for value in [*graph.value_info, *graph.output]
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _slice_length(shape: _Shape | None) -> int | None:
+    """Elements of a slice along the first axis, where the graph fixes them."""
+    if shape is None:
+        return None
+    sizes = [size for size in shape[1:] if size is not None]
+    return math.prod(sizes) if len(sizes) == len(shape[1:]) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ from gpuopt.calibration import data_checks, first_layers, ranges, reuse
 from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.data_checks import DataChecks, Finding
 from gpuopt.calibration.memory import MIB
+from gpuopt.calibration.readers.checks import listed
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
@@ -46,10 +48,19 @@ def run(context: StageContext) -> StageOutcome:
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
     narrow = context.recipe.quantize.min_channels
-    tensors = [name for name in placement.candidate_tensors(model, with_outputs, narrow) if name in known]
+    candidates = placement.candidate_tensors(model, with_outputs, narrow)
+    tensors = [name for name in candidates if name in known]
     if settings.ranges is not None:
-        return _reuse(context, Path(settings.ranges), model, tensors)
-    return _measure(context, model, tensors)
+        outcome = _reuse(context, Path(settings.ranges), model, tensors)
+    else:
+        outcome = _measure(context, model, tensors)
+    if others := [name for name in candidates if name not in known]:
+        warning = (
+            f"{len(others)} of {len(candidates)} activations are not known to be float32, and the nodes that read them "
+            f"stay in floating point ({listed(others)}): export the model in FP32"
+        )
+        outcome = replace(outcome, warnings=(*outcome.warnings, warning))
+    return outcome
 
 
 def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[str]) -> StageOutcome:
@@ -62,10 +73,9 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
     listener = _Listener(context, planned, DataChecks(list(first_layers.merged(stored, first_layers.of_graph(model)))))
     providers = execution_providers(settings.provider)
     options = RunOptions(planned, settings.max_memory, providers, listener.seen, listener.estimated)
-    share = settings.values_per_slice(planned)
     undecided = settings.method == "auto"
     method = "entropy" if undecided else settings.method
-    collector = RangeCollector(method, settings.percentile, values_per_slice=share)
+    collector = RangeCollector(method, settings.percentile, values_per_slice=settings.values)
     found = calibrate(model, tensors, reader, collector, context.output / "watched", options)
     if settings.provider == "cuda" and found.provider != "CUDAExecutionProvider":
         raise RequirementError(
@@ -94,6 +104,11 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
     if providers[0] != found.provider:
         warnings.append(f"{providers[0]} did not start: calibrated on {found.provider}")
+    if settings.max_memory is not None and found.peak_bytes > settings.max_memory:
+        warnings.append(
+            f"calibration took {found.peak_bytes / MIB:.1f} MiB, which is above the limit of "
+            f"{settings.max_memory / MIB:.1f} MiB"
+        )
     warnings += [finding.message for finding in findings]
     facts = {
         **about,

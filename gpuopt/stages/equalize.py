@@ -17,7 +17,7 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.held_out import FEWEST_SAMPLES, Split, open_split
-from gpuopt.calibration.run import calibrate
+from gpuopt.calibration.run import RunOptions, calibrate
 from gpuopt.comparison import SAME, first_difference
 from gpuopt.errors import described
 from gpuopt.quantization import equalization, measurement, placement, qdq
@@ -179,10 +179,11 @@ class _Trial:
         wanted = placement.candidate_tensors(model, settings.format == "qoperator", settings.min_channels)
         tensors = [name for name in wanted if name in known]
         with tempfile.TemporaryDirectory(dir=self.context.output) as scratch:
-            share = how.values_per_slice(how.samples)
             method = "minmax" if how.method == "auto" else how.method
-            collector = RangeCollector(method, how.percentile, values_per_slice=share)
-            found = calibrate(model, tensors, self.split.chosen_by(), collector, Path(scratch) / "watched").ranges
+            collector = RangeCollector(method, how.percentile, values_per_slice=how.values)
+            options = RunOptions(max_memory=how.max_memory)
+            watched = Path(scratch) / "watched"
+            found = calibrate(model, tensors, self.split.chosen_by(), collector, watched, options).ranges
             decisions = placement.place(model, settings, found, fp16)
             if not any(decision.quantized for decision in decisions):
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,13 @@ class CallableReader(SampleReader):
     def _samples(self) -> Iterator[RawSample]:
         index = 0
         try:
-            for sample in self._function():
+            samples = self._function()
+            if inspect.isgenerator(samples) and inspect.getgeneratorstate(samples) != inspect.GEN_CREATED:
+                raise DataError(
+                    f"calibration data '{self._data}' gives a generator that was used already",
+                    "Samples are read more than once: make a new generator in every call.",
+                )
+            for sample in samples:
                 yield self._arrays(sample, index), self._data
                 index += 1
         except DataError:

@@ -332,6 +332,16 @@ def test_an_onnx_graph_is_read_like_a_torch_model() -> None:
     assert untrained.norm is None
 
 
+def test_sums_beyond_fp16_are_held() -> None:
+    weight = numpy_helper.from_array(np.full((4, 3, 8, 8), 4, np.float16), "w")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in "xy"]
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    (conv,) = first_layers.of_graph(helper.make_model(helper.make_graph([node], "g", value[:1], value[1:], [weight])))
+    outputs = conv.outputs_at(np.full((1, 3, 8, 8), 255, np.float16), 2, 0)
+    assert outputs is not None
+    assert np.all(outputs == 3 * 64 * 4 * 255)
+
+
 def test_stored_norms_come_before_the_graph_s(tmp_path: Path) -> None:
     stored, left = conv_with(Norm("n", np.ones(4), np.ones(4))), conv_with(None)
     assert list(first_layers.merged([stored], [left])) == [stored]
@@ -377,10 +387,29 @@ def test_tokens_and_masks_and_states_give_no_finding() -> None:
             "mask": np.ones((1, 16), np.int64),
             "float_mask": np.ones((1, 1, 16, 16), np.float32),
             "state": np.zeros((1, 32), np.float32),
+            # Added to attention scores: zeros where nothing is padded.
+            "bias": np.where(np.arange(16) < 14 + index % 3, 0, -1e4).astype(np.float32)[None],
+            "time": np.full((), index, np.float32),
         }
-        for _ in range(40)
+        for index in range(40)
     )
     assert checked(feeds) == {}
+
+
+def test_a_batch_is_as_many_samples_as_it_holds() -> None:
+    generator = np.random.default_rng(0)
+    batches = [{"x": generator.standard_normal((8, 3, 16, 16), dtype=np.float32)} for _ in range(4)]
+    assert checked(batches, conv_with(None)) == {}
+    assert checked(batches[:3], conv_with(None))["few-samples"].evidence["samples"] == 24
+
+
+@pytest.mark.filterwarnings("error")
+def test_fp16_pixels_do_not_overflow() -> None:
+    generator = np.random.default_rng(0)
+    images = [{"x": generator.integers(0, 256, (1, 3, 64, 64)).astype(np.float16)} for _ in range(32)]
+    found = checked(images, conv_with(None))
+    assert set(found) == {"scale"}
+    assert found["scale"].evidence["mean"] == pytest.approx(127.5, rel=0.01)
 
 
 def test_a_network_that_takes_pixels_as_they_are_is_believed() -> None:

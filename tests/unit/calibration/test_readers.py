@@ -733,6 +733,16 @@ def test_callable(module, body):
         assert {feed["x"].shape for feed in feeds} == {(1, 3, 4)}
 
 
+def test_a_generator_gives_its_samples_once(module):
+    name = module(
+        "import numpy as np\nmade = (np.full((1, 3, 4), float(i)) for i in range(3))\ndef samples():\n    return made\n"
+    )
+    reader = open_reader(f"{name}:samples", [X])
+    next(iter(reader))
+    with pytest.raises(DataError, match="a generator that was used already"):
+        next(iter(reader))
+
+
 def test_callable_may_reuse_its_buffer(module):
     name = module(
         "import numpy as np\nb = np.zeros((1, 3, 4), np.float32)\n"

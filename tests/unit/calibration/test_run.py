@@ -17,7 +17,7 @@ from gpuopt import onnx_model
 from gpuopt.calibration.collectors import METHODS, RangeCollector, TensorRange
 from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
-from gpuopt.errors import QuantizationError, RequirementError
+from gpuopt.errors import DataError, QuantizationError, RequirementError
 
 Feed = dict[str, np.ndarray[Any, Any]]
 
@@ -91,6 +91,30 @@ def test_sizes_may_change_from_sample_to_sample(tmp_path: Path) -> None:
     assert found.ranges["x"].amax == max(float(np.abs(f["x"]).max()) for f in feeds)
 
 
+def test_short_slices_of_open_length_are_not_stretched(tmp_path: Path) -> None:
+    """Sequence first, as in torch's attention: thousands of slices shorter than the share."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["length", "n", 4]) for name in "xy"]
+    nodes = [helper.make_node("Neg", ["x"], ["t"]), helper.make_node("Neg", ["t"], ["y"])]
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:])
+    model = onnx_model.with_types(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10))
+    feeds = [{"x": np.random.default_rng(0).standard_normal((2000, 1, 4), dtype=np.float32)}]
+    collector = RangeCollector("entropy", values_per_slice=1 << 14)
+    found = calibrate(model, ["t"], Samples(feeds), collector, tmp_path / "w", RunOptions(max_memory=40 * MIB))
+    # Of 16384 values each they would take 125 MiB.
+    assert found.peak_bytes <= 40 * MIB
+
+
+@pytest.mark.parametrize("values", [0, 100])
+@pytest.mark.parametrize("method", ["minmax", "entropy"])
+def test_a_sample_may_leave_an_activation_empty(method: str, values: int, tmp_path: Path) -> None:
+    feeds = images(2)
+    empty = {"x": np.zeros((0, 3, 24, 24), np.float32)}
+    assert (
+        run([empty, *feeds], tmp_path / "a", method, values).ranges == run(feeds, tmp_path / "b", method, values).ranges
+    )
+    assert run([empty], tmp_path / "c", method, values).ranges == {}
+
+
 def test_minmax_equals_that_of_the_whole_activations(tmp_path: Path) -> None:
     from gpuopt.backends.onnxruntime import Session
 
@@ -155,6 +179,20 @@ def test_a_share_of_the_values_needs_little_more_than_plain_inference(tmp_path: 
     assert limited(0, 45 * MIB).passes > 1
 
 
+def test_every_pass_needs_the_same_samples(tmp_path: Path) -> None:
+    class Fewer(Samples):
+        passes = 0
+
+        def __iter__(self) -> Iterator[Feed]:
+            self.passes += 1
+            return iter(self.feeds[: 4 - self.passes])
+
+    model, tensors = network(channels=32, layers=6), ["r0", "r1", "r2", "r3", "r4"]
+    options = RunOptions(max_memory=50 * MIB)
+    with pytest.raises(DataError, match="pass 2 over the calibration data has 1 samples, the first 2"):
+        calibrate(model, tensors, Fewer(images(3, size=256)), RangeCollector("entropy"), tmp_path / "w", options)
+
+
 def test_too_small_a_limit_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(RequirementError, match=r"calibration needs \d+ MiB on a sample of x \(1, 3, 256, 256\)"):
         calibrate(
@@ -212,3 +250,12 @@ def test_shapes_are_those_that_onnxruntime_gives(data: st.DataObject, tmp_path_f
     session = Session(onnx_model.save(model, tmp_path_factory.mktemp("m")))
     values = session.run({"x": np.zeros(shape, np.float32)})
     assert {name: value.shape for name, value in values.items()} == {name: inferred[name] for name in values}
+
+
+def test_the_scales_of_a_resize_are_seen() -> None:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in "xy"]
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    graph = helper.make_graph([node], "g", value[:1], value[1:], [scales])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    assert onnx_model.concrete_shapes(model, {"x": (2, 3, 5, 7)})["y"] == (2, 3, 10, 14)

@@ -267,3 +267,18 @@ def test_few_samples_leave_biases_alone_unless_it_is_asked_for(tmp_path: Path) -
         _, facts, _ = corrected(folder, skewed(), lopsided(6), bias_correction=mode)
         assert facts["corrected_nodes"] == count
         assert ("too few" in facts.get("reason", "")) == (mode == "auto")
+
+
+def test_trials_keep_the_calibration_s_limit_in_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, limits = equalize.calibrate, []
+
+    def watched(model: Any, tensors: Any, samples: Any, collector: Any, scratch: Path, options: Any) -> Any:
+        limits.append(options.max_memory)
+        # What several passes need.
+        assert len(list(samples)) == len(list(samples)) == 30
+        return measured(model, tensors, samples, collector, scratch, options)
+
+    monkeypatch.setattr(equalize, "calibrate", watched)
+    pipeline = Pipeline(tmp_path, even_network(), images(40), calibrate={"max_memory": "1GiB"})
+    pipeline.run(equalize)
+    assert set(limits) == {1 << 30}
