@@ -46,17 +46,10 @@ NETWORKS = (
 )
 PEERS = {
     "onnxruntime": "onnxruntime, defaults",
-    "onnxruntime-entropy": "onnxruntime, entropy",
     "modelopt": "modelopt, defaults",
     "modelopt-max": "modelopt, max",
 }
-OURS = {
-    "gpuopt": "gpuopt, defaults",
-    "gpuopt-entropy": "gpuopt, entropy",
-    "gpuopt-minmax": "gpuopt, minmax",
-    "gpuopt-percentile": "gpuopt, percentile",
-    "gpuopt-mse": "gpuopt, mse",
-}
+OURS = {"gpuopt": "gpuopt, defaults"}
 # What runs before and after calibration and quantization; every other stage of the report is part of the time.
 OTHER_STAGES = {"samples", "export", "simplify", "cast", "build", "verify", "benchmark"}
 QUICK_NETWORKS = ("mobilenet_v3_small", "convnext_atto")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -15,7 +14,6 @@ from gpuopt.calibration import data_checks, first_layers, ranges, reuse
 from gpuopt.calibration.collectors import RangeCollector
 from gpuopt.calibration.data_checks import DataChecks, Finding
 from gpuopt.calibration.memory import MIB
-from gpuopt.calibration.readers.checks import listed
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
@@ -48,19 +46,10 @@ def run(context: StageContext) -> StageOutcome:
     known = onnx_model.float_tensors(model)
     with_outputs = context.recipe.quantize.format == "qoperator"
     narrow = context.recipe.quantize.min_channels
-    candidates = placement.candidate_tensors(model, with_outputs, narrow)
-    tensors = [name for name in candidates if name in known]
+    tensors = [name for name in placement.candidate_tensors(model, with_outputs, narrow) if name in known]
     if settings.ranges is not None:
-        outcome = _reuse(context, Path(settings.ranges), model, tensors)
-    else:
-        outcome = _measure(context, model, tensors)
-    if others := [name for name in candidates if name not in known]:
-        warning = (
-            f"{len(others)} of {len(candidates)} activations are not known to be float32, and the nodes that read them "
-            f"stay in floating point ({listed(others)}): export the model in FP32"
-        )
-        outcome = replace(outcome, warnings=(*outcome.warnings, warning))
-    return outcome
+        return _reuse(context, Path(settings.ranges), model, tensors)
+    return _measure(context, model, tensors)
 
 
 def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[str]) -> StageOutcome:
