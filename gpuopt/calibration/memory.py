@@ -10,6 +10,7 @@ from pathlib import Path
 MIB = 1 << 20
 
 _M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD = -1
 _STATUS = Path("/proc/self/status")
 
 
@@ -26,11 +27,12 @@ def peak_bytes() -> int:
 def release_freed() -> None:
     """Give freed memory back to the system, now and from now on for blocks from 1 MiB (glibc: `man 3 mallopt`).
 
-    By default the first large block that is freed moves the bound up to 32 MiB, and later ones stay in the heap.
+    By default large blocks that are freed move the bounds up to 32 and 64 MiB, and later ones stay in the heap.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, MIB)
+        library.mallopt(_M_TRIM_THRESHOLD, MIB)
         library.malloc_trim(0)
 
 

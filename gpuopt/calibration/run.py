@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,7 +143,7 @@ class _Plain:
 
     def need(self, sizes: _Sizes, beside: int) -> int:
         """For a sample of other shapes, with other arrays beside it: working memory grows as the tensors do."""
-        return max(self.opening, self.holding + int(self.running * sizes.all / self.sample) + beside)
+        return max(self.opening, self.holding + int(self.running * sizes.all / self.sample)) + beside
 
 
 class _TooLarge(Exception):  # noqa: N818 - a signal to use smaller groups, not a failure
@@ -175,11 +174,14 @@ class _Run:
 
     def result(self) -> Calibration:
         started = time.monotonic()
-        if self._options.max_memory is not None:
-            self._warm_up()
+        first = next(iter(self._samples), None) if self._options.max_memory is not None else None
+        if first is not None:
+            # What ONNX Runtime loads once for a process is no memory of this calibration.
+            self._session([]).run(first)
+            release_freed()
         reset_peak()
         before = resident_bytes()
-        waiting = self._groups()
+        waiting = self._groups(first)
         done: list[list[str]] = []
         count = 0
         while waiting:
@@ -211,18 +213,8 @@ class _Run:
             peak_bytes=max(peak_bytes() - before, 0),
         )
 
-    def _warm_up(self) -> None:
-        """Load what ONNX Runtime loads once for a process: it is no memory of this calibration."""
-        for feed in itertools.islice(self._samples, 1):
-            self._session([]).run(feed)
-        release_freed()
-
-    def _groups(self) -> list[list[str]]:
+    def _groups(self, first: Feed | None) -> list[list[str]]:
         """The tensors of each pass: all at once, or as many as the limit lets stand beside each other."""
-        limit = self._options.max_memory
-        if limit is None:
-            return [self._tensors]
-        first = next(iter(self._samples), None)
         if first is None:
             return [self._tensors]
         sizes = self._sizes_of(first)
@@ -239,7 +231,9 @@ class _Run:
         session = self._session([])
         # What the first run makes ready stays, and does not grow with the sample.
         session.run(feed)
-        opening, holding = peak_bytes() - before, resident_bytes() - before
+        opening = peak_bytes() - before
+        release_freed()
+        holding = resident_bytes() - before
         reset_peak()
         session.run(feed)
         running = peak_bytes() - before - holding
@@ -306,6 +300,8 @@ class _Run:
                 except DataError as error:
                     raise _not_finite(name, count) from error
             del values
+            if self._options.max_memory is not None:
+                release_freed()
             self._options.seen(Seen(count, feed, magnitudes, number, passes))
             # The first run also warms up; the second is like those to come.
             if not self._estimated and (count == 2 or self._options.total == 1):
