@@ -200,7 +200,7 @@ class CalibrateSection(Section):
     samples: int = Field(512, ge=1, description="At most this many samples, spread over the data.")
     random: bool = Field(False, description="Random data, for smoke tests; marks the report.")
     values: int = Field(
-        1 << 14,
+        1 << 13,
         ge=0,
         description="entropy, mse: values of an activation that each sample adds to its histogram; 0: every one.",
     )

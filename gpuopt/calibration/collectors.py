@@ -308,6 +308,10 @@ def _chunks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     if not values.size:
         return
     dtype: np.dtype[Any] = np.dtype(np.float64 if values.dtype.itemsize > 4 else np.float32)
+    if values.dtype == dtype and values.flags.c_contiguous:
+        flat = values.reshape(-1)
+        yield from (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+        return
     with np.nditer(
         [values],
         flags=["external_loop", "buffered"],
