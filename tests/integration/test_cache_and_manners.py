@@ -41,7 +41,7 @@ def test_what_changed_runs_again_and_nothing_before(gpuopt: Gpuopt, model: Path,
         "samples": True, "export": True, "simplify": True, "equalize": False, "calibrate": False,
         "quantize": False, "correct": False, "cast": False, "build": False, "verify": False,
     }  # fmt: skip
-    assert 'calibrate.method changed from "entropy" to "minmax"' in method.stderr
+    assert 'calibrate.method changed from "auto" to "minmax"' in method.stderr
     assert "its input ranges changed" in method.stderr
 
     small.save_data(tmp_path / "calibration.npz", seed=1)

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from tests.conftest import Gpuopt
 from tests.integration import small
 
-SETTINGS = ("--bias-correction", "off", "--set", "quantize.min_channels=1")
+SETTINGS = ("--bias-correction", "off", "--calibration-method", "entropy", "--set", "quantize.min_channels=1")
 """Correcting biases takes data; and of so small a network every layer has to be quantized."""
 
 
