@@ -342,6 +342,11 @@ class Recipe(Section):
             raise ValueError(f"accuracy.max_drop is for precision int8, not {self.precision}: only INT8 falls back")
         return self
 
+    @property
+    def has_fp16_scales(self) -> bool:
+        """Whether the remainder of an INT8 engine is FP16, and with it every scale."""
+        return self.quantize.format == "qdq" and self.cast.remainder == "fp16"
+
     def restricted_to(self, sections: Iterable[str]) -> Recipe:
         """This recipe with everything but the named sections (or `section.field`) at its default.
 

@@ -137,7 +137,7 @@ def of_context(context: StageContext) -> Variants:
         )
     model = onnx_model.load(context.folder("onnx"))
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
-    fp16 = settings.format == "qdq" and context.recipe.cast.remainder == "fp16"
+    fp16 = context.recipe.has_fp16_scales
     variants = Variants(model, settings, known, fp16)
     if not variants.nodes:
         raise QuantizationError(

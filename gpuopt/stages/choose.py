@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
+
+import onnx
 
 from gpuopt import onnx_model
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import ranges
 from gpuopt.calibration.held_out import MOST_SAMPLES
-from gpuopt.calibration.readers.base import Feed
+from gpuopt.calibration.readers.base import SampleReader
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.quantization import measurement
 from gpuopt.quantization.measurement import ExactOutputs, Sqnr
@@ -36,19 +37,20 @@ def run(context: StageContext) -> StageOutcome:
     """
     if "ranges" not in context.artifacts or (context.folder("ranges") / ranges.RANGES_FILE).exists():
         return StageOutcome()
-    samples = _samples(context)
+    model = onnx_model.load(context.folder("onnx"))
+    samples = _samples(context, model)
     exact = ExactOutputs(Session(context.folder("onnx") / ONNX_FILE))
     methods = ranges.METHODS_TO_CHOOSE_FROM
     found: dict[str, Sqnr | None] = {}
     for number, method in enumerate(methods):
         context.progress.advance(number, len(methods))
-        found[method] = _sqnr(context, method, exact, samples)
+        found[method] = _sqnr(context, model, method, exact, samples)
     chosen = best(found)
     shutil.copyfile(
         context.folder("ranges") / ranges.candidate_file(chosen), context.made("ranges") / ranges.RANGES_FILE
     )
     figures = {method: None if sqnr is None else round(sqnr.db, 2) for method, sqnr in found.items()}
-    return StageOutcome({"method": chosen, "sqnr_db": figures, "samples": len(samples)})
+    return StageOutcome({"method": chosen, "sqnr_db": figures, "samples": _count(found)})
 
 
 def best(found: dict[str, Sqnr | None]) -> str:
@@ -60,22 +62,26 @@ def best(found: dict[str, Sqnr | None]) -> str:
     return max(better, key=lambda method: better[method].db, default="minmax")
 
 
-def _samples(context: StageContext) -> list[Feed]:
+def _samples(context: StageContext, model: onnx.ModelProto) -> SampleReader:
     settings = context.recipe.calibrate
     fewer = settings.model_copy(update={"samples": min(settings.samples, MOST_SAMPLES)})
     recipe = context.recipe.model_copy(update={"calibrate": fewer})
-    specs = onnx_model.input_specs(onnx_model.load(context.folder("onnx")))
-    return list(open_for_model(replace(context, recipe=recipe), specs))
+    return open_for_model(replace(context, recipe=recipe), onnx_model.input_specs(model))
 
 
-def _sqnr(context: StageContext, method: str, exact: ExactOutputs, samples: list[Feed]) -> Sqnr | None:
-    settings = context.recipe.quantize
+def _sqnr(
+    context: StageContext, model: onnx.ModelProto, method: str, exact: ExactOutputs, samples: SampleReader
+) -> Sqnr | None:
     known = ranges.load(context.folder("ranges") / ranges.candidate_file(method))
-    fp16 = settings.format == "qdq" and context.recipe.cast.remainder == "fp16"
-    variants = Variants(onnx_model.load(context.folder("onnx")), settings, known, fp16)
+    variants = Variants(model, context.recipe.quantize, known, context.recipe.has_fp16_scales)
     if not variants.nodes:
         return None
-    scratch: Path = context.output / "trial"
+    scratch = context.output / "trial"
     session = Session(onnx_model.save(variants.in_int8(variants.nodes), scratch))
     shutil.rmtree(scratch)
     return measurement.sqnr(exact, session, samples)
+
+
+def _count(found: dict[str, Sqnr | None]) -> int:
+    """How many samples decided."""
+    return max((len(sqnr.by_sample) for sqnr in found.values() if sqnr is not None), default=0)

@@ -174,7 +174,7 @@ class _Trial:
         settings, how = self.context.recipe.quantize, self.context.recipe.calibrate
         if not self.split.enough:
             return None
-        fp16 = settings.format == "qdq" and self.context.recipe.cast.remainder == "fp16"
+        fp16 = self.context.recipe.has_fp16_scales
         known = onnx_model.float_tensors(model)
         wanted = placement.candidate_tensors(model, settings.format == "qoperator", settings.min_channels)
         tensors = [name for name in wanted if name in known]

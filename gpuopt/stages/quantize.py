@@ -36,7 +36,7 @@ def run(context: StageContext) -> StageOutcome:
     if existing.holds_quantization(model):
         return _adopt(context, model)
     recipe = context.recipe
-    fp16 = recipe.quantize.format == "qdq" and recipe.cast.remainder == "fp16"
+    fp16 = recipe.has_fp16_scales
     known = ranges.load(context.folder("ranges") / ranges.RANGES_FILE)
     subject = variants.Variants(model, recipe.quantize, known, fp16)
     decisions = subject.placed(fallback.load(context), variants.FELL_BACK)
