@@ -113,6 +113,27 @@ class StorageError(GpuoptError):
     kind = "storage"
 
 
+class EngineError(GpuoptError):
+    """A serialized engine is not what its record says, or was built for another TensorRT, GPU or driver."""
+
+    exit_code = 11
+    kind = "engine"
+
+
+class PrecisionError(GpuoptError):
+    """The built engine runs less of its work in the asked-for precision than was demanded."""
+
+    exit_code = 12
+    kind = "precision"
+
+
+class SpeedError(GpuoptError):
+    """INT8 was demanded, and is slower than FP16 on this GPU."""
+
+    exit_code = 13
+    kind = "speed"
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 KINDS: tuple[type[GpuoptError], ...] = (
@@ -126,6 +147,9 @@ KINDS: tuple[type[GpuoptError], ...] = (
     AccuracyError,
     RequirementError,
     StorageError,
+    EngineError,
+    PrecisionError,
+    SpeedError,
 )
 
 

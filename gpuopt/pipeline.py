@@ -65,7 +65,7 @@ def builds_engine(recipe: Recipe) -> bool:
 
 
 def _has_fp16(recipe: Recipe) -> bool:
-    remainder = _is_int8(recipe) and recipe.cast.remainder == "fp16" and builds_engine(recipe)
+    remainder = _is_int8(recipe) and recipe.has_fp16_scales and builds_engine(recipe)
     return recipe.precision == "fp16" or remainder
 
 
@@ -86,7 +86,7 @@ _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 # What decides where Q/DQ go; equalisation and bias correction are stages of their own.
 _PLACEMENT = (
     "quantize.format", "quantize.per_channel", "quantize.op_types", "quantize.op_types_to_exclude",
-    "quantize.nodes_to_exclude", "quantize.min_channels", "cast.remainder",
+    "quantize.nodes_to_exclude", "quantize.min_channels", "cast.remainder", "build.legacy",
 )  # fmt: skip
 _RANGES = ("calibrate.method", "calibrate.percentile", "calibrate.values")
 _EQUALIZATION = ("quantize.equalize", "quantize.smooth_alpha")
@@ -145,7 +145,7 @@ STAGES = (
     Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
-        ("build.compute_capability", "build.optimization_level", "build.workspace_mib"),
+        ("build", "precision", "cast.remainder"),
         ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
     ),
     Stage(
@@ -342,6 +342,8 @@ class Runner:
             "model": ("path",),
             "calibrate": ("data", "ranges", "max_memory"),
             "accuracy": ("data",),
+            # Each step has its own target in its key; where timings are kept does not change what is asked for.
+            "build": ("target", "timing_cache", "require_timing_cache"),
         }.get(section, ())
         if section == "calibrate.ranges":
             return value is not None

@@ -220,6 +220,9 @@ class QuantizeSection(Section):
     """Static INT8: which nodes, and in which format."""
 
     format: Literal["qdq", "qoperator"] = "qdq"
+    quantizer: Literal["gpuopt", "tensorrt"] = Field(
+        "gpuopt", description="tensorrt: the native calibrator of TensorRT 8.5 to 10, for target tensorrt alone."
+    )
     per_channel: bool = True
     op_types: Names = (
         "Conv", "ConvTranspose", "MatMul", "Gemm", "Add",
@@ -289,8 +292,30 @@ class BuildSection(Section):
     compute_capability: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
         (), description="TensorRT-RTX: 8.6, 8.9, ...; empty: 8.0 and newer."
     )
-    optimization_level: int | None = Field(None, ge=0, le=5)
-    workspace_mib: int | None = Field(None, ge=1)
+    optimization_level: int | None = Field(None, ge=0, le=5, description="0 builds fast, 5 makes the fastest engine.")
+    workspace: MemorySize | None = Field(None, description="Limit of scratch memory, as 4GiB; clamped to what is free.")
+    timing_cache: str | None = Field(
+        None, description="File of tactic timings; empty: one per TensorRT version and GPU in gpuopt's cache."
+    )
+    require_timing_cache: bool = Field(False, description="Fail where no fitting timing cache is there, for CI.")
+    timing_iterations: int | None = Field(None, ge=1, description="How often each tactic is timed.")
+    tactic_sources: Names = Field((), description="TensorRT's names; empty: its own choice.")
+    auxiliary_streams: int | None = Field(None, ge=0, description="At most so many inside one engine.")
+    version_compatible: bool = Field(False, description="Runs in later minor releases of TensorRT, too.")
+    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
+    refit: bool = Field(False, description="Weights can be replaced later.")
+    strip_weights: bool = Field(False, description="The plan holds no weights; TensorRT 10 and newer.")
+    weight_streaming: bool = Field(False, description="Weights may stay in host memory; TensorRT 10 and newer.")
+    plugins: Names = Field((), description="Shared libraries with plugins; they run code.")
+    dla_core: int | None = Field(None, ge=0, description="The DLA core that takes what it can.")
+    sparsity: bool = Field(False, description="2:4 sparsity where the weights have it.")
+    io_formats: dict[str, str] = Field(
+        default_factory=dict, description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32."
+    )
+    legacy: bool | None = Field(
+        None, description="For TensorRT 8.5 and 8.6: opset 17, FP16 by builder flags; empty: as the TensorRT here is."
+    )
+    repairs: bool = Field(True, description="Try again where a node or the workspace stops the builder.")
 
 
 class VerifySection(Section):
@@ -300,6 +325,9 @@ class VerifySection(Section):
     min_cosine: float | None = Field(None, ge=-1, le=1, description="Empty: by precision.")
     min_sqnr_db: float | None = Field(None, description="Empty: not checked.")
     batch_invariance: bool = True
+    min_precision_coverage: Annotated[float, BeforeValidator(_as_share), Field(ge=0, le=1)] | None = Field(
+        None, description="Share of an engine's time in the asked-for precision, as 80%; below it the run fails."
+    )
 
 
 class OutputSection(Section):
@@ -345,7 +373,7 @@ class Recipe(Section):
     @property
     def has_fp16_scales(self) -> bool:
         """Whether the remainder of an INT8 engine is FP16, and with it every scale."""
-        return self.quantize.format == "qdq" and self.cast.remainder == "fp16"
+        return self.quantize.format == "qdq" and self.cast.remainder == "fp16" and not self.build.legacy
 
     def restricted_to(self, sections: Iterable[str]) -> Recipe:
         """This recipe with everything but the named sections (or `section.field`) at its default.

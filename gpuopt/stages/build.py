@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gpuopt import reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends import tensorrt
+from gpuopt.backends.tensorrt import builder
+from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.stages.context import StageContext
 
 ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}
@@ -19,13 +20,13 @@ def run(context: StageContext) -> StageOutcome:
     """
     settings = context.recipe.build
     stored = reference.load(context.folder("reference"))
-    options = tensorrt.BuildOptions(
+    options = BuildOptions(
         compute_capabilities=settings.compute_capability,
         optimization_level=settings.optimization_level,
-        workspace_bytes=settings.workspace_mib * (1 << 20) if settings.workspace_mib else None,
+        workspace_bytes=settings.workspace,
     )
     onnx_path = context.engine_graph() / ONNX_FILE
-    built = tensorrt.build(context.target, onnx_path, stored.profiles, options, context.progress)
+    built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
     path.write_bytes(built.plan)
     facts = {

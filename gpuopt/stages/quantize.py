@@ -91,7 +91,7 @@ def _adopt(context: StageContext, model: onnx.ModelProto) -> StageOutcome:
             f"the model holds Q/DQ already, which --quant-format {recipe.quantize.format} cannot take",
             "Use --quant-format qdq.",
         )
-    fp16 = recipe.cast.remainder == "fp16"
+    fp16 = recipe.has_fp16_scales
     adopted = existing.adopt(model, fp16)
     graphs = qdq.finished(adopted.model, True, fp16)
     _save(context, graphs, placement.explain(model, adopted.decisions))

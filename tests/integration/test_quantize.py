@@ -14,8 +14,10 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from gpuopt.backends import tensorrt
 from gpuopt.backends.onnxruntime import Session
+from gpuopt.backends.tensorrt.builder import build
+from gpuopt.backends.tensorrt.library import import_module
+from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.progress import Silent
 from gpuopt.shapes import ShapeRange
 from tests.conftest import Gpuopt
@@ -38,7 +40,7 @@ def built(graph: Path, shape: tuple[int, ...] = SHAPE) -> bool:
     """Whether TensorRT-RTX builds an engine from the graph; raises if it refuses."""
     name = onnx.load(str(graph), load_external_data=False).graph.input[0].name
     profile = {name: ShapeRange(shape, shape, shape)}
-    return bool(tensorrt.build("tensorrt-rtx", graph, (profile,), tensorrt.BuildOptions(), Silent()).plan)
+    return bool(build("tensorrt-rtx", graph, (profile,), BuildOptions(), Silent()).plan)
 
 
 def nodes_of(folder: Path) -> list[tuple[str, str]]:
@@ -68,7 +70,7 @@ def test_the_command_writes_graphs_ranges_and_reasons(network: Path, gpuopt: Gpu
 
 def test_in_the_built_engine_the_quantized_layers_read_int8(network: Path, gpuopt: Gpuopt) -> None:
     """By what TensorRT-RTX itself says of the engine while it builds it: a statement of the result, not of the wish."""
-    trt = tensorrt.import_module("tensorrt-rtx")
+    trt = import_module("tensorrt-rtx")
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:

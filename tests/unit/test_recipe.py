@@ -306,17 +306,21 @@ def test_a_restricted_recipe_hides_undeclared_sections() -> None:
             "build": {
                 "compute_capability": ["8.6"],
                 "optimization_level": 2,
-                "workspace_mib": 64,
+                "workspace": "64MiB",
                 "target": "tensorrt",
             },
         }
     )
     seen = whole.restricted_to(
-        ("quantize", "export.seed", "build.compute_capability", "build.optimization_level", "build.workspace_mib")
+        ("quantize", "export.seed", "build.compute_capability", "build.optimization_level", "build.workspace")
     )
     assert seen.quantize == whole.quantize
     assert (seen.export.seed, seen.export.opset) == (7, Recipe.model_fields["export"].default.opset)
-    assert (seen.build.compute_capability, seen.build.optimization_level, seen.build.workspace_mib) == (("8.6",), 2, 64)
+    assert (seen.build.compute_capability, seen.build.optimization_level, seen.build.workspace) == (
+        ("8.6",),
+        2,
+        64 << 20,
+    )
     assert seen.build.target == ()
     assert seen.precision == "int8"
     assert seen.model.path is None

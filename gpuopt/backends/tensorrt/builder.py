@@ -1,11 +1,10 @@
-"""TensorRT >= 10 and TensorRT-RTX: one adapter, given the module.
+"""Building engines: TensorRT >= 10 and TensorRT-RTX.
 
 Networks are strongly typed: precision is what the ONNX says, so there are no precision flags here.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 import threading
 from collections.abc import Mapping
@@ -14,29 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gpuopt.backends.tensorrt.library import MODULES, import_module
+from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import install_hint
 from gpuopt.errors import BuildError, RequirementError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.shapes import Profile, format_shape
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_OLDEST_MAJOR = 10
 _MOST_MESSAGES = 200
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What the builder is told.
-
-    Attributes:
-        compute_capabilities: TensorRT-RTX only, as `8.6`; empty: 8.0 and newer.
-        optimization_level: 0 (fast build) to 5 (fast engine); None: the builder's own.
-        workspace_bytes: limit of scratch memory; None: the builder's own.
-    """
-
-    compute_capabilities: tuple[str, ...] = ()
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,28 +30,6 @@ class BuiltEngine:
     plan: bytes
     version: str
     messages: tuple[str, ...]
-
-
-def import_module(target: str) -> ModuleType:
-    """The Python module of a target.
-
-    Raises:
-        RequirementError: it is not installed, or too old.
-    """
-    try:
-        module = importlib.import_module(MODULES[target])
-    except ImportError as error:
-        raise RequirementError(
-            f"target {target} needs the Python module '{MODULES[target]}': {error}",
-            f"Install it: {install_hint(MODULES[target])}.",
-        ) from error
-    major = int(module.__version__.split(".")[0])
-    if target == "tensorrt" and major < _OLDEST_MAJOR:
-        raise RequirementError(
-            f"TensorRT {module.__version__} is older than {_OLDEST_MAJOR}: it has no strongly typed networks",
-            "Install TensorRT 10 or newer.",
-        )
-    return module
 
 
 def build(

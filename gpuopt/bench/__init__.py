@@ -1,0 +1,1 @@
+"""Measuring what was compiled: latency, throughput, memory."""

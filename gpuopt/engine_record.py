@@ -1,0 +1,128 @@
+"""The record beside a serialized engine: what it is, and where it may run; read before it is deserialised.
+
+An engine file is executable code. `model.tensorrt.engine` is believed only if `model.tensorrt.engine.json`
+lies beside it and holds its hash.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gpuopt.errors import EngineError
+from gpuopt.shapes import Profile, ShapeRange, TensorSpec, format_shape, parse_shape
+from gpuopt.storage import storage_errors, write_text
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorRecord(_Part):
+    """An input or output; a dynamic dimension is a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+
+class RangeRecord(_Part):
+    """Shapes as `1x3x224x224`."""
+
+    min: str
+    opt: str
+    max: str
+
+
+class EngineRecord(_Part):
+    """What an engine is and was built with.
+
+    Attributes:
+        file: its name, without a folder.
+        library_version: of TensorRT or TensorRT-RTX, as `8.5.3.1`.
+        version_compatible: it runs in later minor releases of its major one, too.
+        compute_capabilities: of the GPUs that it runs on, as `9.0`; empty: not known, or `8.0 and newer`.
+        hardware_compatibility: `none`: only on a GPU as the one it was built on.
+        gpu: name of the GPU it was built on; empty if there was none.
+        driver_version: the CUDA version that the driver supported, as `12.4`; empty without a GPU.
+        precision: what was asked for.
+        outputs: their shapes are those of the reference, dynamic dimensions by name.
+    """
+
+    record_version: Literal[1] = 1
+    file: str
+    sha256: str
+    size_bytes: int
+    target: Literal["tensorrt", "tensorrt-rtx"]
+    library_version: str
+    version_compatible: bool
+    compute_capabilities: tuple[str, ...]
+    hardware_compatibility: str
+    gpu: str
+    driver_version: str
+    precision: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[dict[str, RangeRecord], ...]
+
+    def shape_profiles(self) -> tuple[Profile, ...]:
+        """The optimisation profiles."""
+        return tuple(
+            {n: ShapeRange(parse_shape(r.min), parse_shape(r.opt), parse_shape(r.max)) for n, r in profile.items()}
+            for profile in self.profiles
+        )
+
+
+def profile_records(profiles: tuple[Profile, ...]) -> tuple[dict[str, RangeRecord], ...]:
+    """Profiles as a record holds them."""
+    return tuple(
+        {
+            name: RangeRecord(min=format_shape(r.min), opt=format_shape(r.opt), max=format_shape(r.max))
+            for name, r in profile.items()
+        }
+        for profile in profiles
+    )
+
+
+def record_path(engine: Path) -> Path:
+    """Where the record of an engine lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def write(engine: Path, record: EngineRecord) -> None:
+    """Write the record beside its engine.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_text(record_path(engine), record.model_dump_json(indent=2) + "\n")
+
+
+def read(engine: Path) -> EngineRecord:
+    """The record of an engine.
+
+    Raises:
+        StorageError: it cannot be read.
+        EngineError: there is none, or it is no record.
+    """
+    path = record_path(engine)
+    if not path.is_file():
+        raise EngineError(
+            f"{engine.name} has no record {path.name} beside it, so that its origin and hash are not known",
+            "Copy both files, or build the engine with gpuopt.",
+        )
+    try:
+        with storage_errors("read", path):
+            return EngineRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EngineError(
+            f"{path.name} is not the record of an engine: {where}: {first['msg']}",
+            "Copy the engine and its record again.",
+        ) from error
