@@ -227,10 +227,15 @@ class QuantizeSection(Section):
     op_types: Names = (
         "Conv", "ConvTranspose", "MatMul", "Gemm", "Add",
         "Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Split", "Slice", "Identity",
+        "AveragePool", "GlobalAveragePool",
     )  # fmt: skip
     op_types_to_exclude: Names = ()
     nodes_to_exclude: Names = Field((), description="Node names; shell patterns such as '*/head/*'.")
-    min_channels: int = Field(16, ge=1, description="A Conv with fewer channels on a side stays out of INT8.")
+    min_channels: int = Field(
+        16,
+        ge=1,
+        description="A Conv with fewer channels on a side stays out of INT8, but for the first one over an image.",
+    )
     equalize: Annotated[Literal["auto", "off", "cross-layer", "smooth"], BeforeValidator(_as_switch)] = Field(
         "auto", description="Move per-channel factors between layers; auto: where held-out samples gain."
     )

@@ -64,7 +64,7 @@ def run(context: StageContext) -> StageOutcome:
         "quantized_before": False,
         **_counts(candidates),
         **_work(context, model, candidates),
-        "sharing_a_scale": [d.node for d in decisions if d.quantized and d not in candidates],
+        "sharing_a_scale": [d.node for d in decisions if d.quantized and d.op_type in placement.COMMUTING_OPERATORS],
         "qdq_pairs": pairs,
         "scales_rounded_to_fp16": graphs.scales_rounded,
     }

@@ -117,6 +117,46 @@ def test_few_channels_keep_a_node_out(made: onnx.ModelProto, narrow: int | None)
     assert reason(made, min_channels=narrow or 1) == ""
 
 
+def test_the_first_convolution_over_an_image_is_quantized() -> None:
+    stem = graph([node("Conv", "x", "w", "y")], w=(64, 3, 7, 7))
+    assert reason(stem) == ""
+    wide = graph([node("Conv", "x", "w", "y")], w=(64, 5, 7, 7))
+    assert reason(wide) == "5 channels on a side, fewer than quantize.min_channels 16"
+    narrow = graph([node("Conv", "x", "w", "y")], w=(8, 3, 7, 7))
+    assert reason(narrow) == "8 channels on a side, fewer than quantize.min_channels 16"
+    inside = graph([node("Relu", "x", "r"), node("Conv", "r", "w", "y")], w=(64, 3, 7, 7))
+    assert reason(inside) == "3 channels on a side, fewer than quantize.min_channels 16"
+
+
+def averaged(*, tail: str = "Gemm", second_reader: bool = False) -> onnx.ModelProto:
+    nodes = [
+        node("Conv", "x", "w", "c"),
+        node("Relu", "c", "r"),
+        node("GlobalAveragePool", "r", "g"),
+        node("Flatten", "g", "f"),
+        node(tail, "f", "v", "y") if tail == "Gemm" else node(tail, "f", "y"),
+    ]
+    if second_reader:
+        nodes.insert(3, node("Relu", "r", "other"))
+    return graph(nodes, w=(32, 16, 1, 1), v=(32, 20))
+
+
+def test_an_average_between_int8_layers_runs_in_int8_with_a_scale_of_its_own() -> None:
+    decided = {d.op_type: d for d in decide(averaged())}
+    average = decided["GlobalAveragePool"]
+    assert average.quantized
+    assert [operand.tensor for operand in average.inputs] == ["r"]
+    assert average.note.startswith("an average between INT8 layers, input 'r' scale ")
+    assert [operand.tensor for operand in decided["Flatten"].inputs] == ["g"]
+    assert "r" in candidate_tensors(averaged())
+
+
+@pytest.mark.parametrize("changes", [{"tail": "Softmax"}, {"second_reader": True}])
+def test_an_average_with_a_neighbour_in_floating_point_stays_out(changes: dict[str, Any]) -> None:
+    decided = {d.op_type: d for d in decide(averaged(**changes))}
+    assert "GlobalAveragePool" not in decided
+
+
 def test_products_of_activations_stay_out() -> None:
     model = graph([node("Relu", "x", "q"), node("MatMul", "q", "x", "y")])
     assert reason(model).startswith("both operands are activations")
@@ -335,7 +375,7 @@ def test_every_node_is_explained() -> None:
     assert found[0].note == (
         "weights per channel, input 'x' scale 0.00787 from minmax, depthwise: TensorRT has INT8 kernels for it"
     )
-    assert found[2].reason == "an average does not commute with Q/DQ"
+    assert found[2].reason.startswith("an average does not commute with Q/DQ, and not all")
     assert found[4].reason == "Softmax needs the range or the precision of floating point"
 
 
