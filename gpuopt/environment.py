@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -35,15 +36,25 @@ _INSTALL = {
     "tensorrt": "pip install tensorrt (needs an NVIDIA GPU and its driver to build)",
     "PIL": "pip install pillow",
     "matplotlib": "pip install 'gpuopt[plot]'",
+    "pycuda": "pip install 'gpuopt[cuda]' (compiles pycuda: needs CUDA's headers and a C++ compiler)",
+    "cuda.bindings": "pip install 'gpuopt[cuda]'",
+    "pynvml": "pip install nvidia-ml-py",
 }
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device."""
+    """One CUDA device.
+
+    Attributes:
+        driver_version: the newest CUDA version that the driver supports, as `13.0`.
+        memory_bytes: of the whole device.
+    """
 
     name: str
     compute_capability: str
+    driver_version: str = ""
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,11 @@ def gpus() -> list[Gpu]:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
-    count = ctypes.c_int()
+    count, version = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    supported = f"{version.value // 1000}.{version.value % 1000 // 10}"
     found = []
     for index in range(count.value):
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
@@ -103,7 +116,10 @@ def gpus() -> list[Gpu]:
         # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver API.
         driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-        found.append(Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}"))
+        memory = ctypes.c_size_t()
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        capability = f"{major.value}.{minor.value}"
+        found.append(Gpu(name.value.decode(errors="replace"), capability, supported, memory.value))
     return found
 
 
@@ -135,6 +151,37 @@ def target_states() -> list[TargetState]:
         needs.append("an NVIDIA GPU with its driver: TensorRT builds on the GPU it builds for")
     states.append(TargetState("tensorrt", not needs, tuple(needs), "builds for the GPU of this machine"))
     return states
+
+
+def why_not_run(target: str) -> str:
+    """What is missing to run a target's engines here; empty if nothing is."""
+    if target == "onnxruntime":
+        return "" if has_module("onnxruntime") else f"onnxruntime: {_INSTALL['onnxruntime']}"
+    devices = gpus()
+    if not devices:
+        return "no NVIDIA GPU"
+    module = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}[target]
+    for name in (module, "pycuda"):
+        if not has_module(name):
+            return f"{name} is not installed: {_INSTALL[name]}"
+    capability = tuple(map(int, devices[0].compute_capability.split(".")))
+    if target == "tensorrt-rtx" and capability < (10, 0) and capability not in ((8, 0), (8, 6), (8, 9)):
+        return f"TensorRT-RTX does not run on {devices[0].name} (compute capability {devices[0].compute_capability})"
+    return ""
+
+
+def tensorrt_version() -> tuple[int, int] | None:
+    """Major and minor version of the TensorRT here; None without it."""
+    version = version_of("tensorrt")
+    if version is None and has_module("tensorrt"):
+        try:
+            version = str(importlib.import_module("tensorrt").__version__)
+        except (ImportError, OSError, AttributeError):
+            return None
+    if version is None:
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def default_targets() -> tuple[str, ...]:

@@ -1,35 +1,50 @@
-"""Building engines: TensorRT >= 10 and TensorRT-RTX.
+"""Building engines: TensorRT >= 10 and TensorRT-RTX, and TensorRT 8.5 and 8.6 as a small legacy branch.
 
-Networks are strongly typed: precision is what the ONNX says, so there are no precision flags here.
+Strongly typed networks take their precision from the ONNX. TensorRT 8 has no such networks: FP16 and INT8 are builder
+flags there, over a graph in FP32 with Q/DQ.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt.library import MODULES, import_module
+from gpuopt.backends.tensorrt import diagnosis
+from gpuopt.backends.tensorrt.calibrator import make_calibrator
+from gpuopt.backends.tensorrt.configuration import Configurator, load_plugins
+from gpuopt.backends.tensorrt.library import MODULES, import_module, is_strongly_typed
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import install_hint
-from gpuopt.errors import BuildError, RequirementError, UsageError
+from gpuopt.errors import RequirementError
 from gpuopt.progress import Progress
-from gpuopt.shapes import Profile, format_shape
+from gpuopt.shapes import Profile
 
 _MOST_MESSAGES = 200
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialized engine and what the builder said on the way, its warnings without repeats."""
+    """A serialized engine and what was said on the way.
+
+    Attributes:
+        plan: its bytes.
+        version: of the library.
+        messages: of the builder, errors and warnings without repeats.
+        warnings: of gpuopt, for the report.
+        applied: the options, as applied.
+        calibration_cache: what TensorRT's own calibrator wrote; empty: it was not used.
+    """
 
     plan: bytes
     version: str
     messages: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    applied: dict[str, Any] = field(default_factory=dict)
+    calibration_cache: bytes = b""
 
 
 def build(
@@ -39,41 +54,50 @@ def build(
 
     Args:
         target: `tensorrt` or `tensorrt-rtx`.
-        onnx_path: Q/DQ and FP16 in it decide the engine's precision.
+        onnx_path: Q/DQ and FP16 in it decide the engine's precision; with TensorRT 8 the options do.
         profiles: min / opt / max of every input; at least one.
 
     Raises:
-        RequirementError: the module is missing, or there is no GPU for a target that needs one.
+        RequirementError: the module is missing, there is no GPU for a target that needs one, or too little memory.
+        UsageError: an option that this release does not have.
         BuildError: the parser or the builder refuses; the message names the node where there is one.
     """
     trt = import_module(target)
+    who = f"{target} {trt.__version__}"
     log = _make_log(trt)
+    load_plugins(trt, log, options.plugins)
     builder = trt.Builder(log)
     if builder is None:
         raise RequirementError(f"{target} finds no usable GPU driver", f"Install it: {install_hint(MODULES[target])}.")
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_network_flags(target, trt, options))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
-        raise _parser_error(target, trt, parser)
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    if target == "tensorrt-rtx" and options.compute_capabilities:
-        chosen = [_compute_capability(trt, text) for text in options.compute_capabilities]
-        config.num_compute_capabilities = len(chosen)
-        for index, capability in enumerate(chosen):
-            config.set_compute_capability(capability, index)
-    for profile in profiles:
-        config.add_optimization_profile(_optimization_profile(builder, network, profile))
-    monitor = _make_monitor(trt, progress)
-    config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+        raise diagnosis.refused_graph(who, parser)
+    configurator = Configurator(target, trt, builder, network, log)
+    made = configurator.configure(options, profiles, _free_bytes(target))
+    calibrator = None
+    if options.calibration is not None:
+        calibrator = make_calibrator(trt, target, options.calibration)
+        made.config.int8_calibrator = calibrator
+        made.config.set_calibration_profile(configurator.calibration_profile(options.calibration, profiles[0]))
+    # The configuration keeps no reference of its own.
+    monitor = _make_monitor(trt, progress) if hasattr(trt, "IProgressMonitor") else None
+    if monitor is not None:
+        made.config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, made.config)
+    if calibrator is not None and calibrator.problem is not None:
+        raise calibrator.problem
     if plan is None:
-        raise _builder_error(target, trt, log.messages)
-    return BuiltEngine(bytes(plan), str(trt.__version__), tuple(_without_repeats(log.messages)))
+        raise diagnosis.explain(who, log.messages["ERROR"])
+    configurator.keep_timing_cache(made, options)
+    return BuiltEngine(
+        bytes(memoryview(plan)),
+        str(trt.__version__),
+        tuple(diagnosis.without_repeats(log.messages)),
+        tuple(made.warnings),
+        made.applied,
+        calibrator.written if calibrator is not None else b"",
+    )
 
 
 def compute_capabilities(module: ModuleType) -> list[str]:
@@ -82,69 +106,25 @@ def compute_capabilities(module: ModuleType) -> list[str]:
     return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda text: float(text))
 
 
-def _compute_capability(trt: ModuleType, text: str) -> Any:
-    name = "CURRENT" if text == "current" else f"SM{text.replace('.', '').removeprefix('sm')}"
-    capability = getattr(trt.ComputeCapability, name, None)
-    if capability is None:
-        raise UsageError(
-            f"TensorRT-RTX {trt.__version__} does not build for compute capability '{text}'",
-            f"It knows {', '.join(compute_capabilities(trt))} and current.",
-        )
-    return capability
+def _network_flags(target: str, trt: ModuleType, options: BuildOptions) -> int:
+    flags = trt.NetworkDefinitionCreationFlag
+    if is_strongly_typed(target, trt) and options.calibration is None:
+        return 1 << int(flags.STRONGLY_TYPED)
+    return 1 << int(flags.EXPLICIT_BATCH) if hasattr(flags, "EXPLICIT_BATCH") else 0
 
 
-def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
-    result = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes = profile[tensor.name]
-        if tensor.is_shape_tensor:
-            raise BuildError(
-                f"input '{tensor.name}' is a shape tensor, whose values (not sizes) a profile would have to bound",
-                "Make the size a constant of the model, or derive it from another input's shape.",
-            )
-        if not all(size == -1 or size == wanted for size, wanted in zip(tensor.shape, shapes.opt, strict=True)):
-            raise BuildError(
-                f"input '{tensor.name}' is {format_shape(tensor.shape)} in the network, not {format_shape(shapes.opt)}",
-                "This is a defect of the exported graph; try the other exporter: --set export.exporters=torchscript.",
-            )
-        result.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
-    return result
+def _free_bytes(target: str) -> int | None:
+    """Free memory of the GPU that the engine is built on."""
+    if target != "tensorrt":
+        return None
+    from gpuopt.cuda.device import Device
 
-
-def _parser_error(target: str, trt: ModuleType, parser: Any) -> BuildError:
-    problems = [parser.get_error(index) for index in range(parser.num_errors)]
-    first = problems[0] if problems else None
-    where = ""
-    if first is not None:
-        name, operator = getattr(first, "node_name", lambda: "")(), getattr(first, "node_operator", lambda: "")()
-        where = f" at node '{name}' ({operator})" if name or operator else ""
-    detail = " ".join(str(first.desc()).split())[:300] if first is not None else "no reason given"
-    return BuildError(
-        f"{target} {trt.__version__} does not take the graph{where}: {detail}",
-        "Keep the node out of INT8 (--set quantize.nodes_to_exclude=[NAME]) or FP16 (cast.nodes_to_keep), "
-        "or change the operator in the model.",
-    )
-
-
-def _builder_error(target: str, trt: ModuleType, messages: Mapping[str, list[str]]) -> BuildError | RequirementError:
-    errors = messages["ERROR"] or ["no reason given"]
-    text = " ".join(errors[-1].split())[:400]
-    if "cudaError 35" in text or "insufficient for CUDA runtime" in text:
-        return RequirementError(
-            f"{target} {trt.__version__} needs an NVIDIA GPU and a current driver for this build",
-            "Leave out the compute capability 'current', or build on the machine with the GPU.",
-        )
-    node = re.search(r"node[ _]?(?:name)?[: ]*'?([\w./:-]+)", text)
-    where = f" at {node.group(1)}" if node else ""
-    return BuildError(
-        f"{target} {trt.__version__} cannot build the engine{where}: {text}",
-        "Keep that node out of INT8 (quantize.nodes_to_exclude) or FP16 (cast.nodes_to_keep).",
-    )
-
-
-def _without_repeats(messages: Mapping[str, list[str]]) -> list[str]:
-    return list(dict.fromkeys([*messages["ERROR"], *messages["WARNING"]]))
+    try:
+        with Device() as device:
+            return device.free_bytes()
+    except RequirementError:
+        # pycuda runs engines; it is not needed to build them.
+        return None
 
 
 def _make_log(trt: ModuleType) -> Any:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy.typing as npt
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
+
+
+@dataclass(frozen=True)
+class NativeCalibration:
+    """TensorRT's own calibration.
+
+    Attributes:
+        method: `entropy` (IInt8EntropyCalibrator2) or `minmax` (IInt8MinMaxCalibrator).
+        batches: gives the batches, all of one shape; each call starts anew.
+        cache: a calibration cache to use instead of the batches; empty: none.
+    """
+
+    method: Literal["entropy", "minmax"]
+    batches: Callable[[], Iterator[Mapping[str, npt.NDArray[Any]]]]
+    cache: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -14,7 +32,8 @@ class BuildOptions:
     """Everything but the graph and its profiles that decides an engine.
 
     Attributes:
-        precision: what the graph asks for; TensorRT 8 turns it into builder flags, newer ones read it in the graph.
+        fp16, int8: builder flags of TensorRT 8; newer ones read the precision in the graph.
+        calibration: TensorRT's own calibrator instead of Q/DQ; TensorRT 8.5 to 9.
         compute_capabilities: TensorRT-RTX only, as `8.6`; empty: 8.0 and newer.
         optimization_level: 0 (fast build) to 5 (fast engine); None: the builder's own. TensorRT 8.6 and newer.
         workspace_bytes: limit of scratch memory, clamped to what is free; None: the builder's own.
@@ -35,7 +54,9 @@ class BuildOptions:
             in the graph's dtype.
     """
 
-    precision: Literal["int8", "fp16", "fp32"] = "int8"
+    fp16: bool = False
+    int8: bool = False
+    calibration: NativeCalibration | None = None
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None
     workspace_bytes: int | None = None

@@ -1,0 +1,94 @@
+"""TensorRT's I/O formats: what an array of logical shape N, C, ... looks like in device memory.
+
+The layouts are those of TensorRT's `TensorFormat`: CHW4, CHW16 and CHW32 keep groups of channels together behind the
+spatial axes; HWC8 and HWC16 have channels last, padded to a multiple of 8 or 16; HWC has them last without padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuopt.errors import UsageError
+from gpuopt.shapes import Shape
+
+Array = npt.NDArray[Any]
+
+LINEAR = "chw"
+VECTORS = {"chw2": 2, "chw4": 4, "chw16": 16, "chw32": 32}
+CHANNELS_LAST = {"hwc": 1, "hwc8": 8, "hwc16": 16}
+NAMES = {
+    LINEAR: "LINEAR", "chw2": "CHW2", "chw4": "CHW4", "chw16": "CHW16", "chw32": "CHW32",
+    "hwc": "HWC", "hwc8": "HWC8", "hwc16": "HWC16",
+}  # fmt: skip
+"""trtexec's names and those of TensorRT's enumeration."""
+
+DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
+
+
+def parse(text: str) -> tuple[str, str]:
+    """`fp16:hwc8` as dtype and format name.
+
+    Raises:
+        UsageError: not one of the known ones.
+    """
+    dtype, colon, layout = text.partition(":")
+    if not colon or dtype not in DTYPES or layout not in NAMES:
+        raise UsageError(
+            f"'{text}' is not an I/O format",
+            f"Write DTYPE:FORMAT, dtype one of {', '.join(DTYPES)}, format one of {', '.join(NAMES)}.",
+        )
+    return dtype, layout
+
+
+def packed_shape(shape: Shape, layout: str) -> Shape:
+    """The shape of the array in memory.
+
+    Raises:
+        UsageError: a layout with channels for fewer than three dimensions.
+    """
+    if layout == LINEAR:
+        return shape
+    if len(shape) < 3:
+        raise UsageError(f"format {layout} needs a batch, a channel and a spatial dimension", "Use chw.")
+    batch, channels, *spatial = shape
+    if layout in VECTORS:
+        width = VECTORS[layout]
+        return (batch, -(-channels // width), *spatial, width)
+    width = CHANNELS_LAST[layout]
+    return (batch, *spatial, -(-channels // width) * width)
+
+
+def pack(array: Array, layout: str) -> Array:
+    """An array of logical shape N, C, ... as it lies in memory; padded channels are zero."""
+    if layout == LINEAR:
+        return array
+    batch, channels, *spatial = array.shape
+    packed = np.zeros(packed_shape(array.shape, layout), array.dtype)
+    if layout in VECTORS:
+        width = VECTORS[layout]
+        groups = packed.shape[1]
+        padded = np.zeros((batch, groups * width, *spatial), array.dtype)
+        padded[:, :channels] = array
+        packed[...] = np.moveaxis(padded.reshape(batch, groups, width, *spatial), 2, -1)
+    else:
+        packed[..., :channels] = np.moveaxis(array, 1, -1)
+    return packed
+
+
+def unpack(packed: Array, shape: Shape, layout: str) -> Array:
+    """The inverse of `pack`.
+
+    Args:
+        shape: the logical one.
+    """
+    if layout == LINEAR:
+        return packed.reshape(shape)
+    batch, channels, *spatial = shape
+    packed = packed.reshape(packed_shape(shape, layout))
+    if layout in VECTORS:
+        merged = np.moveaxis(packed, -1, 2).reshape(batch, -1, *spatial)
+        return np.ascontiguousarray(merged[:, :channels])
+    return np.ascontiguousarray(np.moveaxis(packed[..., :channels], -1, 1))

@@ -1,0 +1,106 @@
+"""Whether an engine may be deserialised here: hash, library, GPU and driver, each with a message of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuopt.engine_record import EngineRecord
+from gpuopt.errors import EngineError
+from gpuopt.storage import sha256_file, storage_errors
+
+_AGAIN = "Build it here: gpuopt build BUNDLE."
+
+
+@dataclass(frozen=True)
+class Here:
+    """This machine, as far as it decides whether an engine runs.
+
+    Attributes:
+        library_version: of the target's library, as `8.5.3.1`.
+        compute_capability: of the GPU, as `9.0`.
+        gpu: its name.
+        driver_version: the newest CUDA version that the driver supports, as `13.0`.
+    """
+
+    library_version: str
+    compute_capability: str
+    gpu: str
+    driver_version: str
+
+
+def check_file(path: Path, record: EngineRecord) -> None:
+    """Whether the file is the one that the record describes.
+
+    Raises:
+        StorageError: it cannot be read.
+        EngineError: it was cut off or changed.
+    """
+    with storage_errors("read", path):
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            raise EngineError(
+                f"{path.name} has {size} bytes, its record says {record.size_bytes}: the file was cut off or replaced",
+                "Copy the engine and its record again.",
+            )
+        found = sha256_file(path)
+    if found != record.sha256:
+        raise EngineError(
+            f"{path.name} was changed: SHA-256 {found[:12]}..., its record says {record.sha256[:12]}...",
+            "An engine is executable code: copy it again from where it was built.",
+        )
+
+
+def check_machine(record: EngineRecord, here: Here) -> None:
+    """Whether library, GPU and driver are ones that the engine was built for.
+
+    Raises:
+        EngineError: the first that is not.
+    """
+    _check_library(record, here)
+    _check_gpu(record, here)
+    if record.driver_version and _number(here.driver_version) < _number(record.driver_version):
+        raise EngineError(
+            f"{record.file} was built with a driver for CUDA {record.driver_version}, "
+            f"the one here is for CUDA {here.driver_version}",
+            f"Update the NVIDIA driver. {_AGAIN}",
+        )
+
+
+def _check_library(record: EngineRecord, here: Here) -> None:
+    built, present = _number(record.library_version), _number(here.library_version)
+    name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[record.target]
+    if built[:3] == present[:3]:
+        return
+    if record.version_compatible and built[0] == present[0] and present >= built:
+        return
+    raise EngineError(
+        f"{record.file} was built with {name} {record.library_version}, {here.library_version} is installed",
+        f"{_AGAIN} build.version_compatible makes engines for later minor releases, too.",
+    )
+
+
+def _check_gpu(record: EngineRecord, here: Here) -> None:
+    capability, built = _number(here.compute_capability), record.compute_capabilities
+    if record.target == "tensorrt-rtx":
+        # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html
+        supported = capability in ((8, 0), (8, 6), (8, 9)) or capability >= (10, 0)
+        if not supported:
+            raise EngineError(
+                f"TensorRT-RTX does not run on {here.gpu} (compute capability {here.compute_capability})",
+                "Build for target tensorrt there.",
+            )
+        if not built or here.compute_capability in built:
+            return
+    else:
+        compatible = record.hardware_compatibility == "ampere+" and capability >= (8, 0)
+        if compatible or not built or here.compute_capability in built:
+            return
+    raise EngineError(
+        f"{record.file} was built for compute capability {', '.join(built)}, {here.gpu} has {here.compute_capability}",
+        _AGAIN,
+    )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

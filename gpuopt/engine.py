@@ -1,0 +1,227 @@
+"""Running what gpuopt compiled, from Python: `with gpuopt.load("model.gpuopt") as engine: engine.infer(feeds)`.
+
+Needs no torch. An engine of TensorRT needs tensorrt, pycuda and the GPU it was built for; ONNX Runtime needs neither.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuopt import bundle, engine_record, environment, reference
+from gpuopt.artifact import ONNX_FILE
+from gpuopt.errors import DataError, UsageError
+from gpuopt.shapes import Profile, Shape, TensorSpec, format_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from gpuopt.backends.tensorrt.runtime import Execution
+    from gpuopt.cuda.graph import Graph
+
+Array = npt.NDArray[Any]
+EngineTarget = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+_ENGINE_FILES: Mapping[str, EngineTarget] = {
+    "model.tensorrt.engine": "tensorrt",
+    "model.tensorrt-rtx.engine": "tensorrt-rtx",
+}
+_MOST_EXECUTIONS = 8
+
+
+class Engine(abc.ABC):
+    """A compiled model, ready to run; a context manager. One thread at a time.
+
+    Attributes:
+        target: what runs it.
+        inputs, outputs: names, numpy dtypes and shapes; a dynamic dimension is a string.
+        profiles: min / opt / max of every input.
+    """
+
+    target: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+
+    @abc.abstractmethod
+    def infer(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        """Outputs by name for inputs by name.
+
+        Args:
+            feeds: numpy arrays, or anything that numpy makes one of without a change of dtype.
+
+        Raises:
+            DataError: an input is missing or unknown, or has a wrong dtype or shape.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let the engine and its memory go."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def load(
+    path: str | Path,
+    *,
+    target: EngineTarget | None = None,
+    device: int = 0,
+    cuda_graph: bool = False,
+) -> Engine:
+    """Open a bundle's folder or a serialized engine.
+
+    Args:
+        path: what `gpuopt compile` wrote, or `model.tensorrt.engine` with its record `.json` beside it.
+        target: which of a bundle's engines; None: TensorRT where it can run here, else ONNX Runtime.
+        device: index of the GPU.
+        cuda_graph: run each shape as a CUDA graph: less work for the CPU, the same results.
+
+    Raises:
+        StorageError: nothing there, or the bundle is damaged.
+        EngineError: the engine was changed, or was built for another library, GPU or driver.
+        RequirementError: a package or the GPU is missing.
+        UsageError: the bundle has no such engine.
+    """
+    path = Path(path)
+    if path.is_dir():
+        bundle.open_bundle(path)
+        present = {kind: path / name for name, kind in _ENGINE_FILES.items() if (path / name).is_file()}
+        chosen = target or _best(present)
+        if chosen == "onnxruntime":
+            return _OnnxRuntimeEngine(path)
+        if chosen not in present:
+            raise UsageError(
+                f"{path} holds no engine for {chosen}",
+                f"It holds {', '.join(present) or 'no engine'}; see gpuopt build.",
+            )
+        path = present[chosen]
+    return _TensorRTEngine(path, device, cuda_graph)
+
+
+def _best(present: Mapping[EngineTarget, Path]) -> EngineTarget:
+    for kind in ("tensorrt", "tensorrt-rtx"):
+        if kind in present and not environment.why_not_run(kind):
+            return kind
+    return "onnxruntime"
+
+
+def as_arrays(feeds: Mapping[str, Any], inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """Feeds as contiguous numpy arrays, names and dtypes checked.
+
+    Raises:
+        DataError: an input is missing, unknown, or of another dtype.
+    """
+    expected = {spec.name for spec in inputs}
+    if unknown := sorted(set(feeds) - expected):
+        raise DataError(f"the model has no input '{unknown[0]}'", f"Its inputs: {', '.join(sorted(expected))}.")
+    arrays = {}
+    for spec in inputs:
+        if spec.name not in feeds:
+            raise DataError(f"input '{spec.name}' is missing", f"Give {', '.join(sorted(expected))}.")
+        array = np.ascontiguousarray(feeds[spec.name]).reshape(np.shape(feeds[spec.name]))
+        if array.dtype != np.dtype(spec.dtype):
+            raise DataError(
+                f"input '{spec.name}' is {array.dtype}, the model takes {spec.dtype}", "Convert it before the call."
+            )
+        arrays[spec.name] = array
+    return arrays
+
+
+class _TensorRTEngine(Engine):
+    def __init__(self, path: Path, index: int, cuda_graph: bool) -> None:
+        from gpuopt.backends.tensorrt.runtime import LoadedEngine
+        from gpuopt.cuda.device import Device
+
+        record = engine_record.read(path)
+        self._device = Device(index)
+        try:
+            with self._device.activate():
+                self._engine = LoadedEngine.open(path, self._device, record)
+        except BaseException:
+            self._device.close()
+            raise
+        self._cuda_graph = cuda_graph
+        self._ready: collections.OrderedDict[tuple[Shape, ...], tuple[Execution, Graph | None]] = (
+            collections.OrderedDict()
+        )
+        self.record = record
+        self.target: str = record.target
+        self.inputs = self._engine.inputs
+        self.outputs = self._engine.outputs
+        self.profiles = self._engine.profiles
+
+    def infer(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        arrays = as_arrays(feeds, self.inputs)
+        with self._device.activate():
+            execution, graph = self._execution({name: value.shape for name, value in arrays.items()})
+            execution.write(arrays)
+            if graph is not None:
+                graph.launch(execution.stream)
+            else:
+                execution.copy_in()
+                execution.compute()
+                execution.copy_out()
+            execution.wait()
+            return execution.read()
+
+    def _execution(self, shapes: Mapping[str, Shape]) -> tuple[Execution, Graph | None]:
+        key = tuple(tuple(shapes[spec.name]) for spec in self.inputs)
+        if key in self._ready:
+            self._ready.move_to_end(key)
+            return self._ready[key]
+        profile = self._engine.profile_for(shapes)
+        dynamic = any(bounds.dynamic_axes for bounds in self.profiles[profile].values())
+        # Older TensorRT gives a profile to one context only, so that the last shape makes room for the next.
+        keep = _MOST_EXECUTIONS if self._engine.shares_profiles or not dynamic else 1
+        while len(self._ready) >= keep:
+            _, (old, old_graph) = self._ready.popitem(last=False)
+            if old_graph is not None:
+                old_graph.close()
+            old.close()
+        execution = self._engine.execution(shapes)
+        graph = execution.graph("copy_in", "compute", "copy_out") if self._cuda_graph else None
+        self._ready[key] = execution, graph
+        return execution, graph
+
+    def close(self) -> None:
+        self._ready.clear()
+        self._device.close()
+
+
+class _OnnxRuntimeEngine(Engine):
+    def __init__(self, folder: Path) -> None:
+        environment.require("onnxruntime", "running model.onnx")
+        from gpuopt.backends.onnxruntime import Session, execution_providers, optimizers_to_disable
+
+        stored = reference.load(folder / "reference")
+        model = folder / ONNX_FILE
+        self._session = Session(model, execution_providers("auto"), disabled=optimizers_to_disable(model))
+        self.target = "onnxruntime"
+        self.inputs, self.outputs, self.profiles = stored.inputs, stored.outputs, stored.profiles
+
+    def infer(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        arrays = as_arrays(feeds, self.inputs)
+        for spec in self.inputs:
+            shape = arrays[spec.name].shape
+            fits = len(shape) == len(spec.shape) and all(
+                not isinstance(size, int) or size == given for size, given in zip(spec.shape, shape, strict=True)
+            )
+            if not fits:
+                raise DataError(
+                    f"input '{spec.name}' has the shape {format_shape(shape)}, "
+                    f"the model takes {format_shape(spec.shape)}",
+                    "Change the input.",
+                )
+        return self._session.run(arrays)
+
+    def close(self) -> None:
+        del self._session
