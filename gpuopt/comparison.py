@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuopt.backends.onnxruntime import Session
+from gpuopt import reference
 from gpuopt.reference import Reference
 
 Array = npt.NDArray[Any]
 
 NEGLIGIBLE_ERROR = 1e-6
 """An absolute error that counts as none: outputs that ought to be zero have no meaningful ratio."""
+
+
+class Runnable(Protocol):
+    """What runs a model on one feed: a session, or an engine's execution."""
+
+    def run(self, feed: Mapping[str, Array]) -> Mapping[str, Array]: ...
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def problem(figures: Mapping[str, Any], limits: Limits) -> str:
     return ""
 
 
-def against_reference(session: Session, stored: Reference) -> Iterator[dict[str, Any]]:
+def against_reference(session: Runnable, stored: Reference) -> Iterator[dict[str, Any]]:
     """Figures of every output at every corner, with `corner` and `output`.
 
     Raises:
@@ -173,9 +179,42 @@ def against_reference(session: Session, stored: Reference) -> Iterator[dict[str,
             yield {"corner": corner.name, "output": name, **compare(actual[name], expected)}
 
 
-def first_difference(session: Session, stored: Reference, limits: Limits) -> str:
+def first_difference(session: Runnable, stored: Reference, limits: Limits) -> str:
     """The first output that misses a limit, in words; empty if none does."""
     for row in against_reference(session, stored):
         if found := problem(row, limits):
             return f"output '{row['output']}' at {row['corner']}: {found}"
     return ""
+
+
+def batch_invariance(session: Runnable, stored: Reference, tolerance: float) -> dict[str, Any]:
+    """Whether a sample's outputs depend on the samples beside it, where the original's do not.
+
+    Args:
+        tolerance: largest difference, relative to the output's largest value.
+
+    Returns:
+        `checked`; then `batch`, `worst_relative_error` and `failures`, or the `reason` why not.
+    """
+    name = reference.largest_batch(stored.corners, stored.profiles)
+    if name is None:
+        return {"checked": False, "reason": "the shapes have one batch size"}
+    if not stored.batched_outputs:
+        return {"checked": False, "reason": f"in {stored.origin} too, outputs depend on the whole batch"}
+    corner = next(c for c in stored.corners if c.name == name)
+    feed = stored.feed(corner)
+    together = session.run(feed)
+    worst, failures = 0.0, list[str]()
+    batch = next(iter(feed.values())).shape[0]
+    for row in reference.rows_to_check(batch):
+        alone = session.run(reference.row_of(feed, row))
+        for output in stored.batched_outputs:
+            in_batch = together[output][row : row + 1].astype(np.float64)
+            scale = max(float(np.max(np.abs(in_batch), initial=0.0)), 1e-12)
+            error = float(np.max(np.abs(alone[output].astype(np.float64) - in_batch), initial=0.0)) / scale
+            worst = max(worst, error)
+            if not error <= tolerance:
+                failures.append(
+                    f"output '{output}': row {row} of a batch of {batch} differs from the row alone by {error:.1e}"
+                )
+    return {"checked": True, "batch": batch, "worst_relative_error": worst, "failures": failures}

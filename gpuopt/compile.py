@@ -13,7 +13,7 @@ import gpuopt
 from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
-from gpuopt.errors import AccuracyError, GpuoptError, StorageError
+from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, StorageError
 from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
@@ -21,10 +21,9 @@ from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 from gpuopt.storage import sha256_file, storage_errors
 
-_NOT_RUN_HERE = {
-    "tensorrt-rtx": "built ahead of time; needs an RTX GPU to run",
-    "tensorrt": "not run on this machine",
-}
+_FIRST_STRONGLY_TYPED = (10, 0)
+_LEGACY_OPSET = 17
+"""The newest that TensorRT 8.5 and 8.6 read."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ def with_defaults(recipe: Recipe) -> Recipe:
         targets = (*targets, "onnxruntime")
     tree = recipe.model_dump(mode="json")
     tree["build"]["target"] = list(dict.fromkeys(targets))
+    version = environment.tensorrt_version() if "tensorrt" in targets else None
+    if recipe.build.legacy is None:
+        tree["build"]["legacy"] = version is not None and version < _FIRST_STRONGLY_TYPED
+    if tree["build"]["legacy"]:
+        tree["export"]["opset"] = min(recipe.export.opset, _LEGACY_OPSET)
     tree["calibrate"]["data"] = data
     tree["calibrate"]["ranges"] = ranges
     for key, value in (("data", recipe.accuracy.data), ("labels", recipe.accuracy.labels)):
@@ -153,7 +157,11 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
         result = check(graphs, stored, recipe.verify, recipe.precision)
-    error = None if result["passed"] else AccuracyError(result["failures"][0], _ACCURACY_HINT)
+    proofs = _proofs_of_bundle(folder, manifest, recipe, progress)
+    failures = [failure for found in (*proofs.values(), result) for failure in found["failures"]]
+    error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
+    for target, proof in proofs.items():
+        error = error or low_coverage(target, proof, recipe)
     with storage_errors("read", folder / bundle.REPORT_FILE):
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
     seconds = time.monotonic() - started
@@ -170,9 +178,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
             "bundle": str(folder.absolute()),
             "stages": [stage],
             "engines": [
-                engine.model_copy(update={"status": "verified" if result["passed"] else "failed"})
-                if engine.target == "onnxruntime"
-                else engine.model_copy(update={"status": "built"})
+                engine.model_copy(update=_state_of(engine.target, result if engine.target == "onnxruntime" else proofs))
                 for engine in before.engines
             ],
             "verification": result,
@@ -183,6 +189,33 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     )
     progress.line(f"{len(manifest['files'])} files match the manifest")
     return Outcome(report, error)
+
+
+def _proofs_of_bundle(
+    folder: Path, manifest: Mapping[str, Any], recipe: Recipe, progress: Progress
+) -> dict[str, Mapping[str, Any]]:
+    """Every engine of a bundle that can run here, run: by target."""
+    from gpuopt import reference
+    from gpuopt.stages.build import ENGINE_FILE
+
+    proofs: dict[str, Mapping[str, Any]] = {}
+    for target, name in ENGINE_FILE.items():
+        if name in manifest["files"] and not environment.why_not_run(target):
+            from gpuopt.stages.prove import prove
+
+            with progress.stage(f"prove {target}"):
+                stored = reference.load(folder / "reference")
+                proofs[target] = prove(folder / name, stored, recipe.verify, recipe.precision)
+    return proofs
+
+
+def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What verifying changes in an engine's line of the report."""
+    found = result if target == "onnxruntime" else result.get(target)
+    if found is None:
+        return {"status": "built", "note": not_run(target), "proof": None}
+    state = {"status": "verified" if found["passed"] else "failed", "note": ""}
+    return state if target == "onnxruntime" else {**state, "proof": dict(found)}
 
 
 _ACCURACY_HINT = (
@@ -196,13 +229,33 @@ def _verification(runner: Runner) -> Mapping[str, Any] | None:
     return next((r.entry.facts for r in runner.results if r.step.stage.name == "verify"), None)
 
 
+def _proofs(runner: Runner) -> dict[str, Mapping[str, Any]]:
+    """What running the engines showed, by target."""
+    return {r.step.target: r.entry.facts for r in runner.results if r.step.stage.name == "prove"}
+
+
 def _verdict(runner: Runner) -> GpuoptError | None:
-    verification = _verification(runner)
-    if verification is None or verification["passed"]:
+    proofs = _proofs(runner)
+    found = [f for facts in (*proofs.values(), _verification(runner) or {}) for f in facts.get("failures", [])]
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return AccuracyError(found[0] + more, _ACCURACY_HINT)
+    for target, proof in proofs.items():
+        if error := low_coverage(target, proof, runner.recipe):
+            return error
+    return None
+
+
+def low_coverage(target: str, proof: Mapping[str, Any], recipe: Recipe) -> PrecisionError | None:
+    """The error of an engine that spends less of its time in the asked-for precision than was demanded."""
+    wanted = recipe.verify.min_precision_coverage
+    share = (proof["coverage"]["time_share"] or {}).get(recipe.precision, 0.0)
+    if wanted is None or share >= wanted:
         return None
-    failures = verification["failures"]
-    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return AccuracyError(failures[0] + more, _ACCURACY_HINT)
+    return PrecisionError(
+        f"{target}: {share:.1%} of the engine's time is in {recipe.precision.upper()}, {wanted:.1%} was demanded",
+        "The report's layer table shows what is not; 'gpuopt quantize --explain' says why.",
+    )
 
 
 def _report(
@@ -210,7 +263,7 @@ def _report(
 ) -> Report:
     results = runner.results if runner else []
     at_work = runner.at_work.label if runner and runner.at_work else None
-    if at_work is None and isinstance(error, AccuracyError):
+    if at_work is None and isinstance(error, (AccuracyError, PrecisionError)):
         at_work = "verify"
     facts: dict[str, Any] = {}
     for result in results:
@@ -254,22 +307,24 @@ def _report(
 
 def _engines(runner: Runner) -> list[EngineReport]:
     engines = []
-    verification = _verification(runner)
+    verification, proofs = _verification(runner), _proofs(runner)
     for result in runner.results:
         if result.step.stage.name != "build":
             continue
         facts = result.entry.facts
         artifact = result.entry.artifacts["engine"]
+        proof = proofs.get(facts["target"])
         engines.append(
             EngineReport(
                 target=facts["target"],
                 file=facts["file"],
                 size_bytes=facts["size_bytes"],
                 sha256=sha256_file(artifact.path / facts["file"]),
-                status="built",
+                status="built" if proof is None else "verified" if proof["passed"] else "failed",
                 library_version=facts["library_version"],
                 compute_capabilities=facts["compute_capabilities"],
-                note=_NOT_RUN_HERE[facts["target"]],
+                note="" if proof is not None else not_run(facts["target"]),
+                proof=dict(proof) if proof is not None else None,
             )
         )
     graph = runner.artifact("onnx")
@@ -294,6 +349,14 @@ def _engines(runner: Runner) -> list[EngineReport]:
     return engines
 
 
+def not_run(target: str) -> str:
+    """Why an engine was built and not run."""
+    missing = environment.why_not_run(target)
+    if target == "tensorrt-rtx" and missing == "no NVIDIA GPU":
+        return "built ahead of time; needs an RTX GPU to run"
+    return f"not run here: {missing}" if missing else "not run: verify.enabled is false"
+
+
 def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Report) -> None:
     files: dict[str, Path] = {}
     whole = runner is not None and runner.at_work is None
@@ -309,8 +372,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
             files["calibration.ranges.json"] = ranges.path / "ranges.json"
         for result in runner.results:
             if result.step.stage.name == "build":
-                name = result.entry.facts["file"]
-                files[name] = result.entry.artifacts["engine"].path / name
+                files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
     documents = {
         "recipe.yaml": recipe.to_yaml(),
         bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Stage:
         applies: whether a recipe wants the stage.
         sources: what it reads beside artifacts: `model`, `data` (for calibration), `evaluation` (data), `metric`.
         per_target: whether it runs once for each engine target.
+        fits: whether it can run for a target on this machine.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     applies: Callable[[Recipe], bool] = lambda recipe: True
     sources: tuple[str, ...] = ()
     per_target: bool = False
+    fits: Callable[[str], bool] = lambda target: True
 
 
 def _is_int8(recipe: Recipe) -> bool:
@@ -80,6 +83,9 @@ def _analyzes(recipe: Recipe) -> bool:
 def _changes_after_budget(recipe: Recipe) -> bool:
     return _has_budget(recipe) and _corrects_biases(recipe)
 
+
+TIMING_CACHES = "timing-caches"
+"""A folder beside the stage cache's entries."""
 
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
@@ -142,11 +148,19 @@ STAGES = (
         "confirm", ("onnx", "float_onnx", "reference", "accuracy"), (), (*_SAMPLES, "accuracy"),
         _ORT, applies=_changes_after_budget, sources=("evaluation", "metric"),
     ),
-    Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
+    Stage(
+        "cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast", "build.legacy"), _ORT, applies=_has_fp16
+    ),
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
         ("build", "precision", "cast.remainder"),
         ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
+    ),
+    Stage(
+        "prove", ("engine", "reference"), ("proof",), ("verify", "precision"),
+        ("tensorrt", "tensorrt-rtx-cu13", "pycuda", "numpy"),
+        applies=lambda recipe: recipe.verify.enabled, per_target=True,
+        fits=lambda target: not environment.why_not_run(target),
     ),
     Stage(
         "verify", ("onnx", "engine_onnx?", "reference"), ("verification",), ("verify", "precision"), _ORT,
@@ -157,10 +171,11 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a concrete run; `target` is set for `build`."""
+    """A stage of a concrete run."""
 
     stage: Stage
     target: str = ""
+    """Of a stage that runs once for each."""
 
     @property
     def label(self) -> str:
@@ -186,7 +201,8 @@ def plan(recipe: Recipe, until: str | None = None) -> list[Step]:
     steps: list[Step] = []
     for stage in STAGES:
         if stage.applies(recipe) and stage.per_target:
-            steps.extend(Step(stage, target) for target in recipe.build.target if target != "onnxruntime")
+            targets = (target for target in recipe.build.target if target != "onnxruntime")
+            steps.extend(Step(stage, target) for target in targets if stage.fits(target))
         elif stage.applies(recipe):
             steps.append(Step(stage))
         if stage.name == until:
@@ -206,6 +222,7 @@ class Runner:
         self._run_name = run_name
         self._explain = explain
         self._artifacts: dict[str, Artifact] = {}
+        self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
@@ -224,17 +241,17 @@ class Runner:
                     with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):
                         result = self._run_step(step, worker)
                     self.results.append(result)
-                    if not step.target:
-                        self._artifacts.update(result.entry.artifacts)
+                    made = self._of_target.setdefault(step.target, {}) if step.target else self._artifacts
+                    made.update(result.entry.artifacts)
                     self._tell(result)
             self.at_work = None
         finally:
             if self._key_parts:
                 self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
 
-    def artifact(self, kind: str) -> Artifact | None:
-        """The newest artifact of a kind."""
-        return self._artifacts.get(kind)
+    def artifact(self, kind: str, target: str = "") -> Artifact | None:
+        """The newest artifact of a kind, or a target's own."""
+        return (self._of_target.get(target, {}) if target else self._artifacts).get(kind)
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
@@ -267,26 +284,36 @@ class Runner:
     def _context(self, step: Step, staged: Path, parts: Mapping[str, str] | None) -> StageContext:
         return StageContext(
             recipe=self.recipe.restricted_to(step.stage.sections),
-            artifacts=self._inputs(step.stage),
+            artifacts=self._inputs(step),
             output=staged,
             progress=self.progress,
             data=self._data(step.stage)[0],
             samples=self._data(step.stage)[1],
             target=step.target,
             journal=self.cache.journal(parts) if parts is not None else None,
+            timing_cache=self._timing_cache(step),
         )
 
-    def _inputs(self, stage: Stage) -> dict[str, Artifact]:
+    def _inputs(self, step: Step) -> dict[str, Artifact]:
         found = {}
-        for need in stage.needs:
+        present = {**self._artifacts, **self._of_target.get(step.target, {})}
+        for need in step.stage.needs:
             kind = need.removesuffix("?")
             if kind == "engine_onnx" and not builds_engine(self.recipe):
                 continue
-            if kind in self._artifacts:
-                found[kind] = self._artifacts[kind]
+            if kind in present:
+                found[kind] = present[kind]
             elif kind == need:
-                raise GpuoptError(f"stage {stage.name} needs '{kind}', which no earlier stage made")
+                raise GpuoptError(f"stage {step.stage.name} needs '{kind}', which no earlier stage made")
         return found
+
+    def _timing_cache(self, step: Step) -> Path | None:
+        """Where TensorRT's timings are kept: they hold for one release and one kind of GPU."""
+        devices, version = environment.gpus(), environment.tensorrt_version()
+        if step.stage.name != "build" or step.target != "tensorrt" or not devices or version is None:
+            return None
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{version[0]}.{version[1]} {devices[0].name}")
+        return self.cache.folder / TIMING_CACHES / f"tensorrt-{name}.cache"
 
     def _tell(self, result: StepResult) -> None:
         entry = result.entry
@@ -302,9 +329,13 @@ class Runner:
         parts = {"stage": stage.name, "gpuopt": _own_version()}
         if step.target:
             parts["target"] = step.target
+        if step.target == "tensorrt":
+            parts["gpu"] = ", ".join(
+                f"{g.name} {g.compute_capability} CUDA {g.driver_version}" for g in environment.gpus()
+            )
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
-        for kind, artifact in self._inputs(stage).items():
+        for kind, artifact in self._inputs(step).items():
             parts[f"input.{kind}"] = artifact.sha256
         for package in stage.packages:
             parts[f"version of {package}"] = environment.version_of(package) or ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ def render(report: Report) -> str:
         _error(report),
         _warnings(report),
         _engines(report),
+        _proofs(report),
         _interface(report),
         _precision(report),
         _fallback(report),
@@ -73,6 +74,36 @@ def _engines(report: Report) -> str:
         for e in report.engines
     ]
     return "## Engines\n\n" + table(("target", "file", "state", "size", "library"), rows)
+
+
+def _proofs(report: Report) -> str:
+    """What the engines that were run are made of, and how near they come."""
+    parts = [_proof(engine.target, engine.proof) for engine in report.engines if engine.proof is not None]
+    return "\n\n".join(parts)
+
+
+def _proof(target: str, proof: Mapping[str, Any]) -> str:
+    found = proof["coverage"]
+    rows = [
+        (name, count, f"{found['layer_share'][name]:.1%}", _number((found["time_share"] or {}).get(name), "{:.1%}"))
+        for name, count in sorted(found["layers"].items(), key=lambda item: -item[1])
+    ]
+    between = f"{found['reformats']} layers change a layout, {found['quantizations']} Q or DQ were not fused"
+    if found["overhead_time_share"] is not None:
+        between += f"; {found['overhead_time_share']:.1%} of the time"
+    formats = ", ".join(f"`{name}` {text}" for name, text in proof["io_formats"].items())
+    worst = min((row["sqnr_db"] for row in proof["outputs"] if row["sqnr_db"] is not None), default=None)
+    lines = [
+        f"- Run on {proof['gpu']} at {len({row['corner'] for row in proof['outputs']})} shape corners: "
+        f"lowest SQNR {_number(worst, '{:.1f}') or 'exact'} dB against {proof['reference']}; equal inputs give "
+        f"{'equal' if proof['repeats_equal'] else 'different'} bytes.",
+        _invariance(proof["file"], proof["batch_invariance"]),
+        f"- Between the computing layers: {between}.",
+        f"- Inputs and outputs: {formats}.",
+        *(f"- {failure}" for failure in proof["failures"]),
+    ]
+    head = ("computes in", "layers", "share of layers", "share of time")
+    return "\n\n".join([f"## The engine for {target} as built", table(head, rows), "\n".join(lines)])
 
 
 def _interface(report: Report) -> str:

@@ -36,7 +36,7 @@ class EngineReport(_Part):
     """One deployable file.
 
     `verified` says that its outputs were compared with the original model's on this machine;
-    `built` that it was made but cannot run here.
+    `built` that it was made but cannot run here. `proof` holds what running it showed: `stages/prove.py`.
     """
 
     target: str
@@ -47,6 +47,7 @@ class EngineReport(_Part):
     library_version: str
     compute_capabilities: list[str]
     note: str
+    proof: dict[str, Any] | None = None
 
 
 class ModelReport(_Part):

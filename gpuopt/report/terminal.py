@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Report
@@ -21,6 +23,9 @@ def render(report: Report, folder: str) -> str:
         lines.append(
             f"{engine.target:<13}{engine.status:<9}{format_bytes(engine.size_bytes):>10}   {engine.file}{note}"
         )
+    for engine in report.engines:
+        if engine.proof is not None:
+            lines.append(_proof(engine.target, engine.proof))
     for entry in report.facts("export").get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
@@ -59,6 +64,14 @@ def render(report: Report, folder: str) -> str:
     if report.facts("export"):
         lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)
+
+
+def _proof(target: str, proof: Mapping[str, Any]) -> str:
+    shares = proof["coverage"]["time_share"] or proof["coverage"]["layer_share"]
+    told = ", ".join(f"{share:.1%} {name.upper()}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+    worst = min((row["sqnr_db"] for row in proof["outputs"] if row["sqnr_db"] is not None), default=None)
+    accuracy = "exact" if worst is None else f"SQNR {worst:.1f} dB"
+    return f"{target:<13}run on {proof['gpu']}: {told} of the time; {accuracy}"
 
 
 def render_facts(report: Report) -> str:

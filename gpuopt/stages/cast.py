@@ -41,6 +41,9 @@ def run(context: StageContext) -> StageOutcome:
             node_block_list=keep,
         )
         converted = onnx_model.sort_topologically(converted)
+        if context.recipe.build.legacy and "engine_onnx" not in context.artifacts:
+            # TensorRT 8 chooses FP16 itself, layer by layer, in a graph that is FP32.
+            onnx_model.save(onnx_model.load(context.engine_graph()), context.made("engine_onnx"))
         onnx_model.save(converted, path.parent)
         onnx_model.check(path)
     except Exception as error:  # the converter and the checker raise errors without a common base

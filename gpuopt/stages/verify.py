@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpuopt import reference
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session, optimizers_to_disable
-from gpuopt.comparison import SAME, Limits, against_reference, problem
+from gpuopt.comparison import SAME, Limits, against_reference, batch_invariance, problem
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
@@ -27,7 +25,7 @@ LIMITS: Mapping[Precision, Limits] = {
 """What every output has to reach, by the precision asked for."""
 
 _HOW_TO_OPEN = "on the CPU open it with InferenceSession(..., disabled_optimizers=[NAME])"
-_BATCH_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
+BATCH_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -39,6 +37,16 @@ def run(context: StageContext) -> StageOutcome:
     result = check(graphs, stored, context.recipe.verify, context.recipe.precision)
     write_json(context.made("verification") / VERIFICATION_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
+
+
+def limits_of(settings: VerifySection, precision: Precision) -> Limits:
+    """What every output has to reach: the recipe's limits, and those of the precision where it has none."""
+    standard = LIMITS[precision]
+    return Limits(
+        min_cosine=settings.min_cosine if settings.min_cosine is not None else standard.min_cosine,
+        min_sqnr_db=settings.min_sqnr_db if settings.min_sqnr_db is not None else standard.min_sqnr_db,
+        min_agreement=standard.min_agreement,
+    )
 
 
 def check(
@@ -60,13 +68,8 @@ def check(
     Raises:
         BuildError, QuantizationError: ONNX Runtime refuses the model or fails on a corner's inputs.
     """
-    standard = LIMITS[precision]
-    limits = Limits(
-        min_cosine=settings.min_cosine if settings.min_cosine is not None else standard.min_cosine,
-        min_sqnr_db=settings.min_sqnr_db if settings.min_sqnr_db is not None else standard.min_sqnr_db,
-        min_agreement=standard.min_agreement,
-    )
-    tolerance = _BATCH_TOLERANCE[precision]
+    limits = limits_of(settings, precision)
+    tolerance = BATCH_TOLERANCE[precision]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     warnings: list[str] = []
@@ -80,7 +83,7 @@ def check(
             if found := problem(figures, limits):
                 failures.append(f"{graph}, output '{figures['output']}' at {figures['corner']}: {found}")
         if settings.batch_invariance:
-            invariance[graph] = _batch_invariance(session, stored, tolerance)
+            invariance[graph] = batch_invariance(session, stored, tolerance)
             failures += [f"{graph}, {failure}" for failure in invariance[graph].get("failures", [])]
     return {
         "runtime": "onnxruntime",
@@ -92,29 +95,3 @@ def check(
         "batch_invariance": invariance,
         "warnings": warnings,
     }
-
-
-def _batch_invariance(session: Session, stored: Reference, tolerance: float) -> dict[str, Any]:
-    """Whether a sample's outputs depend on the samples beside it, where the original's do not."""
-    name = reference.largest_batch(stored.corners, stored.profiles)
-    if name is None:
-        return {"checked": False, "reason": "the shapes have one batch size"}
-    if not stored.batched_outputs:
-        return {"checked": False, "reason": f"in {stored.origin} too, outputs depend on the whole batch"}
-    corner = next(c for c in stored.corners if c.name == name)
-    feed = stored.feed(corner)
-    together = session.run(feed)
-    worst, failures = 0.0, list[str]()
-    batch = next(iter(feed.values())).shape[0]
-    for row in reference.rows_to_check(batch):
-        alone = session.run(reference.row_of(feed, row))
-        for output in stored.batched_outputs:
-            in_batch = together[output][row : row + 1].astype(np.float64)
-            scale = max(float(np.max(np.abs(in_batch), initial=0.0)), 1e-12)
-            error = float(np.max(np.abs(alone[output].astype(np.float64) - in_batch), initial=0.0)) / scale
-            worst = max(worst, error)
-            if not error <= tolerance:
-                failures.append(
-                    f"output '{output}': row {row} of a batch of {batch} differs from the row alone by {error:.1e}"
-                )
-    return {"checked": True, "batch": batch, "worst_relative_error": worst, "failures": failures}

@@ -1,0 +1,142 @@
+"""The serialized engine, run: its outputs against the original model's, its layers as they were built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuopt import engine_record, reference
+from gpuopt.artifact import StageOutcome
+from gpuopt.backends.tensorrt import inspector
+from gpuopt.backends.tensorrt.runtime import ExecutionOptions, LoadedEngine, iterate_profiles
+from gpuopt.comparison import Array, batch_invariance, compare, problem
+from gpuopt.cuda.device import Device
+from gpuopt.recipe import Precision, VerifySection
+from gpuopt.reference import Reference
+from gpuopt.stages.context import StageContext
+from gpuopt.stages.verify import BATCH_TOLERANCE, limits_of
+from gpuopt.storage import write_json
+
+PROOF_FILE = "proof.json"
+_REPEATS = 3
+_TIMED_ITERATIONS = 20
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Make `proof` of the target's engine. A failed proof is a result; what follows from it is the caller's."""
+    folder = context.folder("engine")
+    path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
+    stored = reference.load(context.folder("reference"))
+    result = prove(path, stored, context.recipe.verify, context.recipe.precision)
+    write_json(context.made("proof") / PROOF_FILE, result)
+    return StageOutcome(result, tuple(result["warnings"]))
+
+
+def prove(path: Path, stored: Reference, settings: VerifySection, precision: Precision) -> dict[str, Any]:
+    """Run an engine at every corner under every profile that admits it, and read what it is made of.
+
+    Args:
+        path: the engine, its record beside it.
+
+    Returns:
+        `target`, `gpu`, `passed`, `failures` and `warnings` (one line each), `limits`; `outputs`: figures of
+        `comparison.compare` with `corner`, `profile` and `output`; `batch_invariance`; `repeats_equal`: whether equal
+        inputs gave equal bytes; `coverage`: shares by precision of layers and time; `layers`: every layer with its
+        time in milliseconds; `io_formats`; `device_memory_bytes`.
+
+    Raises:
+        EngineError: the engine is not what its record says, or does not belong on this machine.
+        RequirementError: pycuda, the library or the GPU is missing.
+    """
+    limits = limits_of(settings, precision)
+    record = engine_record.read(path)
+    failures: list[str] = []
+    warnings: list[str] = []
+    rows: list[dict[str, Any]] = []
+    with Device() as device:
+        engine = LoadedEngine.open(path, device, record)
+        for corner in stored.corners:
+            feed, expected = stored.feed(corner), stored.expected(corner)
+            for profile in iterate_profiles(engine, corner.shapes):
+                with engine.execution(corner.shapes, ExecutionOptions(profile)) as execution:
+                    actual = execution.run(feed)
+                for name, wanted in expected.items():
+                    figures = compare(actual[name], wanted)
+                    rows.append({"corner": corner.name, "profile": profile, "output": name, **figures})
+                    if found := problem(figures, limits):
+                        failures.append(f"{path.name}, output '{name}' at {corner.name}: {found}")
+        invariance: dict[str, Any] = {"checked": False, "reason": "not asked for"}
+        if settings.batch_invariance:
+            invariance = batch_invariance(_AnyShape(engine), stored, BATCH_TOLERANCE[precision])
+            failures += [f"{path.name}, {failure}" for failure in invariance.get("failures", [])]
+        repeats_equal = _repeats_equal(engine, stored)
+        if not repeats_equal:
+            warnings.append(f"{path.name} does not give the same bytes for the same inputs each time")
+        found_layers = inspector.layers(engine.layer_information())
+        times = _layer_times(engine, stored)
+        facts = {
+            "target": record.target,
+            "file": path.name,
+            "gpu": device.name,
+            "io_formats": engine.io_formats,
+            "device_memory_bytes": engine.device_memory_bytes,
+        }
+        engine.close()
+    return {
+        **facts,
+        "passed": not failures,
+        "failures": failures,
+        "warnings": warnings,
+        "reference": stored.origin,
+        "limits": {**asdict(limits), "batch_tolerance": BATCH_TOLERANCE[precision]},
+        "outputs": rows,
+        "batch_invariance": invariance,
+        "repeats_equal": repeats_equal,
+        "coverage": asdict(inspector.coverage(found_layers, times)),
+        "layers": [_layer_row(layer, times) for layer in found_layers],
+    }
+
+
+class _AnyShape:
+    """Runs feeds of any shape that a profile admits."""
+
+    def __init__(self, engine: LoadedEngine) -> None:
+        self._engine = engine
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        with self._engine.execution({name: value.shape for name, value in feed.items()}) as execution:
+            return execution.run(feed)
+
+
+def _repeats_equal(engine: LoadedEngine, stored: Reference) -> bool:
+    corner = stored.corners[-1]
+    with engine.execution(corner.shapes) as execution:
+        first = execution.run(stored.feed(corner))
+        for _ in range(_REPEATS - 1):
+            again = execution.run(stored.feed(corner))
+            if any(not np.array_equal(first[n], again[n], equal_nan=first[n].dtype.kind == "f") for n in first):
+                return False
+    return True
+
+
+def _layer_times(engine: LoadedEngine, stored: Reference) -> dict[str, float]:
+    """Milliseconds of each layer at the first profile's optimum."""
+    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    with engine.execution(shapes) as execution:
+        return {time.name: time.milliseconds for time in execution.time_layers(_TIMED_ITERATIONS)}
+
+
+def _layer_row(layer: inspector.EngineLayer, times: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "precision": layer.precision,
+        "tactic": layer.tactic,
+        "onnx_nodes": list(layer.onnx_nodes),
+        "computes": layer.computes,
+        "milliseconds": times.get(layer.name),
+    }
