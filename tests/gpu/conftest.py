@@ -29,6 +29,25 @@ def why_no_cuda_provider() -> str:
     return "" if session.get_providers()[0] == providers[0] else "the CUDA execution provider does not start"
 
 
+@functools.cache
+def why_no_tensorrt() -> str:
+    """Why TensorRT cannot build and run engines here; empty if it can."""
+    from gpuopt import environment
+
+    return environment.why_not_run("tensorrt")
+
+
+@pytest.fixture
+def tactic_sources() -> tuple[str, ...]:
+    """Those that need no cuBLAS and cuDNN, with TensorRT 8; skips where TensorRT cannot run engines."""
+    if reason := why_no_tensorrt():
+        pytest.skip(reason)
+    from gpuopt import environment
+
+    version = environment.tensorrt_version()
+    return ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS") if version is not None and version[0] == 8 else ()
+
+
 @pytest.fixture
 def cuda_provider() -> str:
     """ONNX Runtime's CUDA execution provider, by name."""

@@ -11,7 +11,6 @@ import pytest
 
 from gpuopt.calibration.collectors import METHODS, RangeCollector
 from gpuopt.calibration.run import RunOptions, calibrate
-from tests.integration.small import save, save_data
 from tests.unit.calibration.test_run import TENSORS, Samples, images, network
 
 _TF32 = 5e-3
@@ -31,6 +30,9 @@ def test_ranges_are_those_of_the_cpu(method: str, cuda_provider: str, tmp_path: 
 
 
 def test_compile_calibrates_there_by_itself(cuda_provider: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the model is exported by torch")
+    from tests.integration.small import save, save_data
+
     model = save("onnx", tmp_path / "model.onnx")
     save_data(tmp_path / "calibration.npz")
     command = [sys.executable, "-m", "gpuopt", "compile", str(model), "--target", "onnxruntime", "--no-cache", "--json"]

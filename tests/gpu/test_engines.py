@@ -1,0 +1,299 @@
+"""Engines of TensorRT, built and run on the GPU here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import gpuopt
+from gpuopt import engine_record
+from gpuopt.backends.tensorrt import inspector
+from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
+from gpuopt.errors import DataError, EngineError, GpuoptError, RequirementError, UsageError
+from tests.gpu.networks import build_engine, images, profile, residual_network
+
+_TF32 = 5e-3
+
+
+@pytest.fixture
+def options(tactic_sources: tuple[str, ...]) -> BuildOptions:
+    return BuildOptions(tactic_sources=tactic_sources)
+
+
+def expected(model: onnx.ModelProto, feed: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": feed})[0]
+
+
+def relative_error(actual: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_an_engine_computes_what_onnx_runtime_does_at_every_batch(
+    cuda_graph: bool, options: BuildOptions, tmp_path: Path
+) -> None:
+    model = residual_network()
+    path, _ = build_engine(tmp_path, model, (profile(),), options)
+    with gpuopt.load(path, cuda_graph=cuda_graph) as engine:
+        assert engine.inputs[0].shape == ("batch", 3, 32, 32)
+        for batch in (1, 4, 8, 3, 8, 1):
+            feed = images(batch, seed=batch)
+            found = engine.infer({"image": feed})["logits"]
+            assert found.shape == (batch, 10)
+            assert relative_error(found, expected(model, feed)) < _TF32
+        with pytest.raises(DataError, match="input 'image' has the shape 9x3x32x32, the engine takes 1x3x32x32 to 8x"):
+            engine.infer({"image": images(9)})
+        with pytest.raises(DataError, match="float64, the model takes float32"):
+            engine.infer({"image": images(1).astype(np.float64)})
+
+
+def test_several_profiles(options: BuildOptions, tmp_path: Path) -> None:
+    model = residual_network()
+    path, _ = build_engine(tmp_path, model, (profile(1, 1, 2), profile(4, 8, 16)), options)
+    with gpuopt.load(path) as engine:
+        for batch in (2, 16, 1, 4):
+            feed = images(batch)
+            assert relative_error(engine.infer({"image": feed})["logits"], expected(model, feed)) < _TF32
+        with pytest.raises(DataError, match="1x3x32x32 to 2x3x32x32 or 4x3x32x32 to 16x3x32x32"):
+            engine.infer({"image": images(3)})
+
+
+def test_nothing_is_allocated_once_a_shape_was_seen(options: BuildOptions, tmp_path: Path) -> None:
+    path, _ = build_engine(tmp_path, residual_network(), (profile(),), options)
+    with gpuopt.load(path) as engine:
+        pools: Any = engine._engine.pools  # type: ignore[attr-defined]
+        for batch in (8, 1, 4):
+            engine.infer({"image": images(batch)})
+        held = pools.device.held_bytes, pools.pinned.held_bytes
+        for index in range(200):
+            engine.infer({"image": images((8, 1, 4)[index % 3])})
+        assert (pools.device.held_bytes, pools.pinned.held_bytes) == held
+
+
+def test_two_engines_at_once_and_any_order_of_closing(options: BuildOptions, tmp_path: Path) -> None:
+    first, _ = build_engine(tmp_path, residual_network(seed=1), (profile(),), options, "first")
+    second, _ = build_engine(tmp_path, residual_network(seed=2), (profile(),), options, "second")
+    one, two = gpuopt.load(first), gpuopt.load(second)
+    feed = {"image": images(4)}
+    assert not np.allclose(one.infer(feed)["logits"], two.infer(feed)["logits"])
+    one.close()
+    two.infer(feed)
+    two.close()
+    two.close()
+
+
+@pytest.mark.parametrize("ending", ["", "engine.close()", "del engine", "raise SystemExit(0)"])
+def test_a_process_ends_well_whatever_is_open(ending: str, options: BuildOptions, tmp_path: Path) -> None:
+    path, _ = build_engine(tmp_path, residual_network(), (profile(),), options)
+    script = (
+        "import sys, numpy, gpuopt\n"
+        "engine = gpuopt.load(sys.argv[1], cuda_graph=True)\n"
+        "engine.infer({'image': numpy.zeros((2, 3, 32, 32), numpy.float32)})\n" + ending
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_cut_changed_or_foreign_engine_is_refused_before_it_is_deserialised(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    path, _ = build_engine(tmp_path, residual_network(), (profile(),), options)
+    plan, record = path.read_bytes(), engine_record.read(path)
+
+    def refusal() -> str:
+        with pytest.raises(EngineError) as caught:
+            gpuopt.load(path)
+        return caught.value.message
+
+    path.write_bytes(plan[:5000])
+    assert "was cut off or replaced" in refusal()
+    path.write_bytes(plan[:1000] + b"\xff" * 64 + plan[1064:])
+    assert "was changed: SHA-256" in refusal()
+    path.write_bytes(plan)
+    for changes, message in (
+        ({"library_version": "7.2.3.4"}, "was built with TensorRT 7.2.3.4"),
+        ({"compute_capabilities": ("5.0",)}, "was built for compute capability 5.0"),
+        ({"driver_version": "99.0"}, "was built with a driver for CUDA 99.0"),
+    ):
+        engine_record.write(path, record.model_copy(update=changes))
+        assert message in refusal()
+    # A record that fits a poisoned plan: TensorRT's own refusal.
+    poisoned = b"\xff" * 64 + plan[64:]
+    path.write_bytes(poisoned)
+    import hashlib
+
+    engine_record.write(path, record.model_copy(update={"sha256": hashlib.sha256(poisoned).hexdigest()}))
+    assert "refuses model.engine" in refusal()
+    engine_record.record_path(path).unlink()
+    assert "has no record" in refusal()
+
+
+def test_layers_and_their_times(options: BuildOptions, tmp_path: Path) -> None:
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine
+    from gpuopt.cuda.device import Device
+
+    path, _ = build_engine(tmp_path, residual_network(), (profile(),), dataclasses.replace(options, fp16=True))
+    with Device() as device:
+        engine = LoadedEngine.open(path, device, engine_record.read(path))
+        found = inspector.layers(engine.layer_information())
+        with engine.execution({"image": (8, 3, 32, 32)}) as execution:
+            times = {time.name: time.milliseconds for time in execution.time_layers(10)}
+            assert execution.device_bytes > 0
+        shares = inspector.coverage(found, times)
+        engine.close()
+    assert {layer.name for layer in found if not layer.is_free} <= set(times)
+    assert shares.milliseconds is not None
+    assert shares.milliseconds > 0
+    names = {node.name for node in residual_network().graph.node}
+    assert names & {node for layer in found for node in layer.onnx_nodes}
+
+
+def test_vectorised_formats_keep_the_values(options: BuildOptions, tmp_path: Path) -> None:
+    model = residual_network()
+    settings = dataclasses.replace(options, fp16=True, io_formats=(("image", "fp16:hwc8"),))
+    path, _ = build_engine(tmp_path, model, (profile(),), settings)
+    with gpuopt.load(path) as engine:
+        assert engine._engine.io_formats["image"] == "fp16:hwc8"  # type: ignore[attr-defined]
+        feed = images(4)
+        found = engine.infer({"image": feed.astype(np.float16)})["logits"]
+        assert relative_error(found, expected(model, feed)) < 2e-2
+
+
+def test_the_timing_cache_is_kept_and_can_be_required(options: BuildOptions, tmp_path: Path) -> None:
+    cache = tmp_path / "timing.cache"
+    required = dataclasses.replace(options, timing_cache=cache, require_timing_cache=True)
+    with pytest.raises(RequirementError, match="it does not exist"):
+        build_engine(tmp_path, residual_network(), (profile(),), required)
+    _, first = build_engine(
+        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, timing_cache=cache)
+    )
+    assert first.applied["timing_cache"]["read_bytes"] == 0
+    _, second = build_engine(tmp_path, residual_network(), (profile(),), required)
+    assert second.applied["timing_cache"]["read_bytes"] == cache.stat().st_size or cache.stat().st_size > 0
+    cache.write_bytes(b"not a timing cache")
+    _, third = build_engine(
+        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, timing_cache=cache)
+    )
+    assert any("was not used and is made anew" in warning for warning in third.warnings)
+    cache.write_bytes(b"not a timing cache")
+    with pytest.raises(RequirementError, match="cannot be used"):
+        build_engine(tmp_path, residual_network(), (profile(),), required)
+
+
+def test_options_that_this_release_lacks_are_refused_by_name(options: BuildOptions, tmp_path: Path) -> None:
+    from gpuopt import environment
+
+    version = environment.tensorrt_version()
+    if version is None or version >= (8, 6):
+        pytest.skip(f"TensorRT {version} has these options")
+    for changes in ({"optimization_level": 3}, {"auxiliary_streams": 1}, {"version_compatible": True}):
+        with pytest.raises(UsageError, match=r"TensorRT 8\.5.* does not have build\."):
+            build_engine(tmp_path, residual_network(), (profile(),), dataclasses.replace(options, **changes))
+
+
+def test_a_tensor_too_large_and_a_workspace_clamped(options: BuildOptions, tmp_path: Path) -> None:
+    huge = {"image": type(profile()["image"])((1, 3, 32, 32), (4, 3, 32, 32), (2**21, 3, 32, 32))}
+    with pytest.raises(GpuoptError) as caught:
+        build_engine(tmp_path, residual_network(), (huge,), options)
+    assert caught.value.kind in ("build", "environment")
+    _, built = build_engine(
+        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, workspace_bytes=1 << 50)
+    )
+    assert "clamped" in built.warnings[0]
+
+
+@pytest.mark.parametrize("method", ["entropy", "minmax"])
+def test_the_native_calibrator(method: Any, options: BuildOptions, tmp_path: Path) -> None:
+    from gpuopt import environment
+
+    version = environment.tensorrt_version()
+    if version is None or version[0] >= 11:
+        pytest.skip("this TensorRT has no calibrators")
+    model = residual_network()
+
+    def batches() -> Any:
+        for start in range(0, 32, 4):
+            yield {"image": images(32)[start : start + 4]}
+
+    native = dataclasses.replace(options, fp16=True, calibration=NativeCalibration(method, batches))
+    path, built = build_engine(tmp_path, model, (profile(),), native)
+    assert built.calibration_cache.startswith(b"TRT-")
+    with gpuopt.load(path) as engine:
+        feed = images(8)
+        assert relative_error(engine.infer({"image": feed})["logits"], expected(model, feed)) < 0.1
+        text = engine._engine.layer_information()  # type: ignore[attr-defined]
+    assert "int8" in inspector.coverage(inspector.layers(text)).layers
+
+    def broken() -> Any:
+        yield {"image": images(4)}
+        yield {"image": np.full((4, 3, 32, 32), np.nan, np.float32)}
+
+    with pytest.raises(DataError, match="holds NaN"):
+        build_engine(
+            tmp_path,
+            model,
+            (profile(),),
+            dataclasses.replace(native, calibration=NativeCalibration(method, broken)),
+        )
+
+
+def gpuopt_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpuopt", *arguments]
+    environment = {"GPUOPT_CACHE_DIR": str(folder / "cache")}
+    import os
+
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, **environment, "PYTHONPATH": f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
+def test_compile_builds_proves_and_tells(precision: str, tactic_sources: tuple[str, ...], tmp_path: Path) -> None:
+    onnx.save(residual_network(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "calibration.npz", image=images(32))
+    arguments = [
+        "compile", "model.onnx", "-p", precision, "-t", "tensorrt", "--json",
+        "--min-shapes", "image:1x3x32x32", "--opt-shapes", "image:4x3x32x32", "--max-shapes", "image:8x3x32x32",
+        "--set", f"build.tactic_sources=[{', '.join(tactic_sources)}]",
+    ]  # fmt: skip
+    done = gpuopt_command(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
+    report = json.loads(done.stdout)
+    engine = next(e for e in report["engines"] if e["target"] == "tensorrt")
+    assert engine["status"] == "verified"
+    proof = engine["proof"]
+    assert {row["corner"] for row in proof["outputs"]} == {"profile0-min", "profile0-opt", "profile0-max"}
+    assert proof["batch_invariance"]["checked"]
+    assert proof["coverage"]["layers"].get(precision, 0) >= 3
+    verified = gpuopt_command(tmp_path, "verify", "model.gpuopt", "--json")
+    assert verified.returncode == 0, verified.stderr
+    states = {e["target"]: e["status"] for e in json.loads(verified.stdout)["engines"]}
+    assert states["tensorrt"] == "verified"
+    if precision == "int8":
+        demanded = gpuopt_command(tmp_path, *arguments, "--set", "verify.min_precision_coverage=1.01")
+        assert demanded.returncode == 2
+        again = gpuopt_command(tmp_path, *arguments)
+        assert again.returncode == 0
+        assert all(stage["cached"] for stage in json.loads(again.stdout)["stages"])
+
+
+def test_a_model_with_nan_is_found_out(options: BuildOptions, tmp_path: Path) -> None:
+    model = residual_network()
+    weights = next(tensor for tensor in model.graph.initializer if tensor.name == "b3")
+    values = np.zeros(10, np.float32)
+    values[3] = np.nan
+    weights.raw_data = values.tobytes()
+    path, _ = build_engine(tmp_path, model, (profile(),), options)
+    with gpuopt.load(path) as engine:
+        assert np.isnan(engine.infer({"image": images(2)})["logits"][:, 3]).all()
