@@ -193,8 +193,13 @@ class _TensorRTEngine(Engine):
         return execution, graph
 
     def close(self) -> None:
-        self._ready.clear()
         self._device.close()
+        self._ready.clear()
+
+    def __del__(self) -> None:
+        # Memory of the GPU must not go without its context, whatever the order in which Python forgets things.
+        if hasattr(self, "_device"):
+            self._device.close()
 
 
 class _OnnxRuntimeEngine(Engine):
