@@ -1,0 +1,139 @@
+"""Timing anything that can be run again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpuopt.bench.statistics import Ratio, Summary, is_steady, paired_ratio, summarize
+
+
+class Subject(Protocol):
+    """What can be timed."""
+
+    def run(self) -> None:
+        """One inference, from enqueueing to its end."""
+
+    def run_many(self, count: int) -> float:
+        """Enqueue `count` inferences back to back and wait; gives milliseconds for one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        seconds: of timed iterations.
+        least, most: number of timed iterations.
+        warm_up_seconds: at most so long; it ends earlier where timings are steady.
+    """
+
+    seconds: float = 2.0
+    least: int = 20
+    most: int = 5000
+    warm_up_seconds: float = 2.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Timings of one subject.
+
+    Attributes:
+        latency: of single inferences, each waited for, by the host's clock.
+        back_to_back_ms: milliseconds an inference where the next is enqueued before the last has ended: the median of
+            the rounds.
+        back_to_back_spread: lowest and highest round.
+        warm_up_iterations: before the timings were steady.
+        was_steady: whether they became so.
+    """
+
+    latency: Summary
+    back_to_back_ms: float
+    back_to_back_spread: tuple[float, float]
+    warm_up_iterations: int
+    was_steady: bool
+
+
+def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
+    """Warm up until timings are steady, then time single inferences and rounds of many."""
+    settings = settings or Settings()
+    warm_up, was_steady = _warm_up(subject, settings)
+    timings: list[float] = []
+    started = time.perf_counter()
+    while len(timings) < settings.least or (
+        time.perf_counter() - started < settings.seconds / 2 and len(timings) < settings.most
+    ):
+        timings.append(_once(subject))
+    per_round = max(1, int(settings.seconds / 2 / _ROUNDS / max(summarize(timings).mean / 1000, 1e-6)))
+    rounds = sorted(subject.run_many(min(per_round, settings.most)) for _ in range(_ROUNDS))
+    return Measurement(summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(warm_up), was_steady)
+
+
+_ROUNDS = 7
+
+
+def _warm_up(subject: Subject, settings: Settings) -> tuple[list[float], bool]:
+    timings: list[float] = []
+    started = time.perf_counter()
+    while not is_steady(timings):
+        if timings and time.perf_counter() - started > settings.warm_up_seconds:
+            return timings, False
+        timings.append(_once(subject))
+    return timings, True
+
+
+def _once(subject: Subject) -> float:
+    started = time.perf_counter()
+    subject.run()
+    return (time.perf_counter() - started) * 1000
+
+
+@dataclass(frozen=True)
+class Race:
+    """Several subjects measured in turn.
+
+    Attributes:
+        milliseconds: median of the rounds for one inference, by name.
+        rounds: all of them, by name.
+    """
+
+    milliseconds: Mapping[str, float]
+    rounds: Mapping[str, tuple[float, ...]]
+
+    def ratio(self, ours: str, theirs: str) -> Ratio:
+        """How many times as long ours takes."""
+        return paired_ratio(self.rounds[ours], self.rounds[theirs])
+
+    @property
+    def fastest(self) -> str:
+        return min(self.milliseconds, key=lambda name: self.milliseconds[name])
+
+
+def race(
+    subjects: Mapping[str, Subject],
+    seconds: float = 3.0,
+    rounds: int = 15,
+    tell: Callable[[int, int], None] | None = None,
+) -> Race:
+    """Measure subjects in turn, round by round, so that a drift of the clocks meets all of them.
+
+    Args:
+        seconds: for all subjects together, about.
+        rounds: of each.
+        tell: called with the rounds done and their number.
+    """
+    counts = {}
+    for name, subject in subjects.items():
+        _warm_up(subject, Settings(warm_up_seconds=1.0))
+        once = subject.run_many(10)
+        counts[name] = max(3, min(2000, int(seconds / rounds / len(subjects) / max(once / 1000, 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    for index in range(rounds):
+        for name, subject in subjects.items():
+            taken[name].append(subject.run_many(counts[name]))
+        if tell is not None:
+            tell(index + 1, rounds)
+    medians = {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
+    return Race(medians, {name: tuple(times) for name, times in taken.items()})
