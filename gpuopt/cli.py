@@ -27,6 +27,7 @@ app = typer.Typer(
 
 
 class PrecisionChoice(str, Enum):
+    auto = "auto"
     int8 = "int8"
     fp16 = "fp16"
     fp32 = "fp32"

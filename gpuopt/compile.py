@@ -13,8 +13,9 @@ import gpuopt
 from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
-from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, StorageError
+from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
 from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
+from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
 from gpuopt.report.markdown import render as render_markdown
@@ -109,17 +110,29 @@ def compile_model(
         progress.warn(note)
     runner: Runner | None = None
     error: GpuoptError | None = None
+    choice: Choice | None = None
 
     def finished(failure: GpuoptError | None) -> Report:
         report = _report(recipe, runner, failure, command, time.monotonic() - started)
-        return report.model_copy(update={"warnings": [*notes, *report.warnings]})
+        race = choice.table if choice is not None and choice.table else None
+        return report.model_copy(update={"warnings": [*notes, *report.warnings], "race": race})
 
     try:
-        check_request(recipe)
+        check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
         bundle.check_destination(destination)
-        runner = Runner(recipe, cache, progress, str(destination), explain)
-        runner.run()
-        error = _verdict(runner)
+        contest = Contest(recipe, cache, progress, str(destination), _verdict, explain)
+        if recipe.precision == "auto":
+            choice = contest.choose()
+            error = choice.error
+            if choice.winner is not None:
+                recipe, runner = choice.winner.recipe, choice.winner.runner
+        else:
+            runner = Runner(recipe, cache, progress, str(destination), explain)
+            runner.run()
+            error = _verdict(runner)
+            if error is None and recipe.precision == "int8" and can_check_speed(recipe):
+                choice = contest.check(runner)
+                error = choice.error
     except GpuoptError as failure:
         error = failure
     report = finished(error)
@@ -156,7 +169,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     stored = reference.load(folder / "reference")
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
-        result = check(graphs, stored, recipe.verify, recipe.precision)
+        result = check(graphs, stored, recipe.verify, recipe.built_precision)
     proofs = _proofs_of_bundle(folder, manifest, recipe, progress)
     failures = [failure for found in (*proofs.values(), result) for failure in found["failures"]]
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
@@ -205,7 +218,7 @@ def _proofs_of_bundle(
 
             with progress.stage(f"prove {target}"):
                 stored = reference.load(folder / "reference")
-                proofs[target] = prove(folder / name, stored, recipe.verify, recipe.precision)
+                proofs[target] = prove(folder / name, stored, recipe.verify, recipe.built_precision)
     return proofs
 
 
@@ -265,6 +278,8 @@ def _report(
     at_work = runner.at_work.label if runner and runner.at_work else None
     if at_work is None and isinstance(error, (AccuracyError, PrecisionError)):
         at_work = "verify"
+    if at_work is None and isinstance(error, SpeedError):
+        at_work = "race"
     facts: dict[str, Any] = {}
     for result in results:
         facts.update({result.step.stage.name: result.entry.facts})

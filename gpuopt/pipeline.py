@@ -326,7 +326,7 @@ class Runner:
     def _parts(self, step: Step) -> dict[str, str] | None:
         """Everything that decides a step's result; None if that cannot be known beforehand."""
         stage = step.stage
-        parts = {"stage": stage.name, "gpuopt": _own_version()}
+        parts = {"stage": stage.name, "gpuopt": own_version()}
         if step.target:
             parts["target"] = step.target
         if step.target == "tensorrt":
@@ -558,7 +558,7 @@ def _check_evaluation(accuracy: AccuracySection) -> None:
 
 
 @functools.cache
-def _own_version() -> str:
+def own_version() -> str:
     folder = Path(gpuopt.__file__).parent
     code = {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*.py")}
     return f"{gpuopt.__version__}+{sha256_json(code)[:12]}"

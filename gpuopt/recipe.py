@@ -35,6 +35,7 @@ FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 Target = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Precision = Literal["int8", "fp16", "fp32"]
+AskedPrecision = Literal["auto", "int8", "fp16", "fp32"]
 
 
 def _as_shape(value: Any) -> Any:
@@ -335,6 +336,14 @@ class VerifySection(Section):
     )
 
 
+class SpeedSection(Section):
+    """Engines of several precisions, timed in turn."""
+
+    check: bool = Field(True, description="INT8 that is slower than FP16 is an error, where engines run here.")
+    mixed: bool = Field(True, description="auto: also try INT8 with those nodes in FP16 that INT8 makes slower.")
+    seconds: float = Field(3.0, gt=0, description="For all candidates together.")
+
+
 class OutputSection(Section):
     directory: str | None = Field(None, description="Bundle folder; empty: <model>.gpuopt beside the model.")
 
@@ -344,7 +353,7 @@ class Recipe(Section):
 
     version: Literal[1] = 1
     model: ModelSection
-    precision: Precision = "int8"
+    precision: AskedPrecision = "int8"
     inputs: dict[str, InputSection] = Field(default_factory=dict)
     profiles: tuple[dict[str, InputSection], ...] = Field(
         (), description="Further shape profiles, each with min / opt / max of every input."
@@ -358,6 +367,7 @@ class Recipe(Section):
     cast: CastSection = CastSection()
     build: BuildSection = BuildSection()
     verify: VerifySection = VerifySection()
+    speed: SpeedSection = SpeedSection()
     output: OutputSection = OutputSection()
 
     @model_validator(mode="after")
@@ -371,9 +381,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_budget_is_for_int8(self) -> Recipe:
-        if self.accuracy.max_drop is not None and self.precision != "int8":
+        if self.accuracy.max_drop is not None and self.precision not in ("int8", "auto"):
             raise ValueError(f"accuracy.max_drop is for precision int8, not {self.precision}: only INT8 falls back")
         return self
+
+    @property
+    def built_precision(self) -> Precision:
+        """The precision of a run; `auto` is several runs."""
+        if self.precision == "auto":
+            raise GpuoptError("precision auto was not resolved")
+        return self.precision
 
     @property
     def has_fp16_scales(self) -> bool:

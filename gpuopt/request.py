@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpuopt import environment
 from gpuopt.cache import Cache, default_folder
@@ -16,6 +16,9 @@ from gpuopt.errors import UsageError
 from gpuopt.recipe import FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
 from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
 from gpuopt.storage import list_files
+
+if TYPE_CHECKING:
+    from gpuopt.pipeline import Step
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,23 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
 def describe(chosen: Recipe, as_json: bool) -> str:
     """The resolved recipe and the plan, as `--dry-run` prints them: YAML with the plan in comments, or JSON."""
     from gpuopt.compile import with_defaults
-    from gpuopt.pipeline import plan
 
     resolved = with_defaults(chosen)
-    steps = [step.label for step in plan(resolved)]
+    steps = [step.label for step in _steps(resolved)]
     if as_json:
         return json.dumps({"recipe": resolved.model_dump(mode="json"), "plan": steps}, indent=2) + "\n"
     comments = "".join(f"#   {number}. {step}\n" for number, step in enumerate(steps, 1))
     return f"{resolved.to_yaml()}# plan:\n{comments}"
+
+
+def _steps(resolved: Recipe) -> list[Step]:
+    from gpuopt.pipeline import plan
+    from gpuopt.precision import with_precision
+
+    if resolved.precision != "auto":
+        return plan(resolved)
+    # Each candidate has a plan of its own; INT8's is the longest.
+    return plan(with_precision(resolved, "int8"))
 
 
 @contextlib.contextmanager

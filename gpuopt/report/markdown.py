@@ -19,6 +19,7 @@ def render(report: Report) -> str:
         _error(report),
         _warnings(report),
         _engines(report),
+        _race(report),
         _proofs(report),
         _interface(report),
         _precision(report),
@@ -104,6 +105,27 @@ def _proof(target: str, proof: Mapping[str, Any]) -> str:
     ]
     head = ("computes in", "layers", "share of layers", "share of time")
     return "\n\n".join([f"## The engine for {target} as built", table(head, rows), "\n".join(lines)])
+
+
+def _race(report: Report) -> str:
+    """The candidates' speed, and which one ships."""
+    race = report.race
+    if race is None:
+        return ""
+    rows = [
+        (
+            f"**{row['name']}**" if row["name"] == race["chosen"] else row["name"],
+            _number(row["milliseconds"], "{:.3f}"),
+            f"{row['lowest']:.3f} to {row['highest']:.3f}" if row["lowest"] is not None else "",
+            _number(row["lowest_sqnr_db"], "{:.1f}"),
+            row["reason"] or (f"back in FP16: {_some(row['back_in_fp16'])}" if row["back_in_fp16"] else ""),
+        )
+        for row in race["candidates"]
+    ]
+    shapes = ", ".join(f"`{name}` {shape}" for name, shape in race["shapes"].items())
+    said = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}."
+    head = ("candidate", "ms, median", "rounds", "lowest SQNR, dB", "note")
+    return "\n\n".join(["## Speed", table(head, rows), said])
 
 
 def _interface(report: Report) -> str:

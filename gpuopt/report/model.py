@@ -74,6 +74,7 @@ class Report(_Part):
     stages: list[StageReport]
     engines: list[EngineReport]
     verification: dict[str, Any] | None
+    race: dict[str, Any] | None = None
     warnings: list[str]
     environment: dict[str, Any]
     seconds: float

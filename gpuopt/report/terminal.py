@@ -26,6 +26,10 @@ def render(report: Report, folder: str) -> str:
     for engine in report.engines:
         if engine.proof is not None:
             lines.append(_proof(engine.target, engine.proof))
+    if report.race is not None:
+        timed = [row for row in report.race["candidates"] if row["milliseconds"] is not None]
+        times = ", ".join(f"{row['name']} {row['milliseconds']:.3f} ms" for row in timed)
+        lines.append(f"speed        {report.race['chosen']} ships: {times}")
     for entry in report.facts("export").get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))

@@ -31,7 +31,7 @@ def run(context: StageContext) -> StageOutcome:
     folder = context.folder("engine")
     path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
     stored = reference.load(context.folder("reference"))
-    result = prove(path, stored, context.recipe.verify, context.recipe.precision)
+    result = prove(path, stored, context.recipe.verify, context.recipe.built_precision)
     write_json(context.made("proof") / PROOF_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
 

@@ -94,6 +94,9 @@ KEYS: dict[str, tuple[Any, str]] = {
     "verify.min_sqnr_db": (3.0, "verify"),
     "verify.batch_invariance": (False, "verify"),
     "verify.min_precision_coverage": ("80%", "verify"),
+    "speed.check": (False, ""),
+    "speed.mixed": (False, ""),
+    "speed.seconds": (1.0, ""),
     "output.directory": ("elsewhere", ""),
 }
 

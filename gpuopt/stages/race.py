@@ -1,0 +1,77 @@
+"""Engines or graphs of several precisions, timed in turn. Not a step of the pipeline: `precision.py` asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from gpuopt import engine_record, reference
+from gpuopt.artifact import ONNX_FILE, StageOutcome
+from gpuopt.bench.measuring import Race, Subject, race
+from gpuopt.bench.subjects import EngineSubject, SessionSubject
+from gpuopt.progress import Progress
+from gpuopt.reference import Reference
+from gpuopt.shapes import format_shape
+from gpuopt.stages.context import StageContext
+
+SUBJECT = "subject "
+"""Artifacts of this kind and a name run in the race under that name."""
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Time every subject at the first profile's optimum.
+
+    Returns facts: `target`, `shapes`, `includes`; `milliseconds` by name (median of the rounds, one inference);
+    `rounds` by name.
+    """
+    stored = reference.load(context.folder("reference"))
+    folders = {k.removeprefix(SUBJECT): a.path for k, a in context.artifacts.items() if k.startswith(SUBJECT)}
+    seconds = context.recipe.speed.seconds
+    if context.target == "onnxruntime":
+        found, includes = _race_sessions(folders, stored, seconds, context.progress)
+    else:
+        found, includes = _race_engines(folders, stored, seconds, context.progress)
+    shapes = {name: format_shape(bounds.opt) for name, bounds in stored.profiles[0].items()}
+    return StageOutcome(
+        {
+            "target": context.target,
+            "shapes": shapes,
+            "includes": includes,
+            "milliseconds": dict(found.milliseconds),
+            "rounds": {name: list(times) for name, times in found.rounds.items()},
+        }
+    )
+
+
+def _race_engines(
+    folders: Mapping[str, Path], stored: Reference, seconds: float, progress: Progress
+) -> tuple[Race, str]:
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+    from gpuopt.cuda.device import Device
+    from gpuopt.environment import has_module
+
+    graphs = has_module("cuda.bindings")
+    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    with Device() as device, ExitStack() as stack:
+        subjects: dict[str, Subject] = {}
+        for name, folder in folders.items():
+            path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
+            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path)))
+            execution = stack.enter_context(engine.execution(shapes))
+            execution.run(feeds_of_shape(engine, shapes))
+            subjects[name] = EngineSubject(execution, cuda_graph=graphs)
+        found = race(subjects, seconds, tell=progress.advance)
+        subjects.clear()
+    how = "as a CUDA graph" if graphs else "without CUDA graphs"
+    return found, f"compute alone, {how}: inputs and outputs stay on the GPU, the next inference waits enqueued"
+
+
+def _race_sessions(
+    folders: Mapping[str, Path], stored: Reference, seconds: float, progress: Progress
+) -> tuple[Race, str]:
+    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    corner = next(c for c in stored.corners if dict(c.shapes) == shapes)
+    feed = stored.feed(corner)
+    subjects: dict[str, Subject] = {name: SessionSubject(f / ONNX_FILE, feed) for name, f in folders.items()}
+    return race(subjects, seconds, tell=progress.advance), "a whole call of ONNX Runtime on the CPU"
