@@ -449,6 +449,57 @@ def verify(
 
 
 @app.command()
+def bench(
+    subject: Annotated[Path, typer.Argument(help="Bundle folder, or an engine with its record beside it.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="GROUP",
+            help="latency, phases, overlap, streams, batches, memory or baselines; repeatable. [default: all]",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="For each row.")] = 1.0,
+    batches: Annotated[
+        str | None, typer.Option("--batches", metavar="N,N,...", help="[default: those of the profile]")
+    ] = None,
+    streams: Annotated[int, typer.Option("--streams", min=1, help="Largest number of executions side by side.")] = 4,
+    beside: Annotated[
+        Path | None, typer.Option("--beside", metavar="ENGINE", help="Another engine to run at the same time.")
+    ] = None,
+    baseline_python: Annotated[
+        Path | None,
+        typer.Option("--baseline-python", metavar="FILE", help="Python with torch or onnxruntime-gpu. [default: this]"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure latency, throughput and memory, beside PyTorch and ONNX Runtime."""
+    from gpuopt import request
+    from gpuopt.bench import command, report
+
+    asked = command.Request(
+        subject=subject,
+        groups=tuple(only or command.GROUPS),
+        seconds=seconds,
+        batches=request.sizes(batches),
+        streams=streams,
+        beside=beside,
+        baseline_python=baseline_python,
+    )
+    found = command.bench(asked, sys.argv, _progress(quiet))
+    if output is not None:
+        command.write(found, output)
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _answer(found.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(report.render(found))
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Show what is installed and what each target still needs, with the command."""
     from gpuopt import request

@@ -132,6 +132,18 @@ def _steps(resolved: Recipe) -> list[Step]:
     return plan(with_precision(resolved, "int8"))
 
 
+def sizes(text: str | None) -> tuple[int, ...]:
+    """Parse `1,8,32`.
+
+    Raises:
+        UsageError: a part is not a positive whole number.
+    """
+    parts = text.split(",") if text else []
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"'{text}' is not a list of batch sizes", "Write them with commas: --batches 1,8,32.")
+    return tuple(int(part) for part in parts)
+
+
 @contextlib.contextmanager
 def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
     """The stage cache; a temporary one if nothing is to be kept."""

@@ -38,9 +38,13 @@ class EngineSubject:
             for call in self._calls:
                 call()
 
+    def wait(self) -> None:
+        """Wait for what was enqueued."""
+        self._execution.wait()
+
     def run(self) -> None:
         self.enqueue()
-        self._execution.wait()
+        self.wait()
 
     def run_many(self, count: int) -> float:
         stream = self._execution.stream

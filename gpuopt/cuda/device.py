@@ -30,6 +30,7 @@ class Device:
         compute_capability: as `9.0`.
         driver_version: the newest CUDA version that the driver supports, as `13.0`.
         total_bytes: of its memory.
+        pci_bus_id: as NVML takes it.
 
     Raises:
         RequirementError: pycuda, the driver or the GPU is missing.
@@ -48,6 +49,7 @@ class Device:
         version = driver.get_driver_version()
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
         self.total_bytes: int = device.total_memory()
+        self.pci_bus_id: str = device.pci_bus_id()
         self._context: Any = device.retain_primary_context()
         self._owned: list[weakref.ref[_Closable]] = []
         self._entered = 0

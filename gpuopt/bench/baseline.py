@@ -1,0 +1,193 @@
+"""One baseline, in the process that measures it: a JSON request on stdin, a JSON answer on the last line of stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuopt.bench.measuring import Settings, measure
+from gpuopt.bench.report import Row, row
+from gpuopt.errors import GpuoptError, described
+
+_WHOLE_CALL = "a whole call: inputs and outputs in host memory"
+_ON_GPU = "compute alone, inputs and outputs stay on the GPU"
+
+
+class _RefusedError(Exception):
+    """Why this baseline cannot be measured."""
+
+
+class _Calls:
+    """A function that is called, and one that waits for all calls."""
+
+    def __init__(self, call: Callable[[], Any], wait: Callable[[], Any] = lambda: None) -> None:
+        self._call = call
+        self._wait = wait
+
+    def run(self) -> None:
+        self._call()
+        self._wait()
+
+    def run_many(self, count: int) -> float:
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            self._call()
+        self._wait()
+        return (time.perf_counter() - started) / count * 1000
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    try:
+        found = _measure(request)
+        answer: dict[str, Any] = {"rows": [r.model_dump(exclude={"group", "batch"}) for r in found]}
+    except _RefusedError as error:
+        answer = {"failed": str(error)}
+    except GpuoptError as error:
+        answer = {"failed": error.message}
+    except Exception as error:
+        answer = {"failed": described(error)}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+def _measure(request: Mapping[str, Any]) -> list[Row]:
+    kind, folder = request["kind"], Path(request["folder"])
+    shapes = {name: tuple(shape) for name, shape in request["shapes"].items()}
+    batch = int(request["batch"])
+    settings = Settings(seconds=request["seconds"], warm_up_seconds=max(2.0, request["seconds"]))
+    if kind.startswith("onnxruntime"):
+        return _onnxruntime(kind, folder, shapes, settings, batch)
+    return _torch(kind, folder, shapes, settings, batch)
+
+
+def _inputs(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    from gpuopt import reference
+
+    generator = np.random.default_rng(0)
+    feed = {}
+    for spec in reference.load(folder / "reference").inputs:
+        shape = shapes[spec.name]
+        floats = np.dtype(spec.dtype).kind == "f"
+        value = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
+        feed[spec.name] = value.astype(spec.dtype)
+    return feed
+
+
+def _onnxruntime(
+    kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]], settings: Settings, batch: int
+) -> list[Row]:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise _RefusedError(f"onnxruntime is not installed: {error}") from error
+    ort.set_default_logger_severity(4)
+    from gpuopt.backends.onnxruntime import optimizers_to_disable
+
+    feed, model = _inputs(folder, shapes), folder / "model.onnx"
+    if kind == "onnxruntime cpu":
+        session = ort.InferenceSession(
+            str(model), providers=["CPUExecutionProvider"], disabled_optimizers=list(optimizers_to_disable(model))
+        )
+        found = measure(_Calls(lambda: session.run(None, feed)), settings)
+        return [row("", f"{kind} {ort.__version__}", batch, _WHOLE_CALL, found)]
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise _RefusedError(f"onnxruntime {ort.__version__} has no CUDA execution provider: install onnxruntime-gpu")
+    ort.preload_dlls()
+    rows = []
+    for graph in (False, True):
+        options = {
+            "prefer_nhwc": "1" if kind.endswith("nhwc") else "0",
+            "enable_cuda_graph": "1" if graph else "0",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+        }
+        session = ort.InferenceSession(str(model), providers=[("CUDAExecutionProvider", options)])
+        if session.get_providers()[0] != "CUDAExecutionProvider":
+            raise _RefusedError("ONNX Runtime's CUDA execution provider does not start: no GPU, or no CUDA and cuDNN")
+        binding = session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
+        for output, value in zip(session.get_outputs(), session.run(None, feed), strict=True):
+            binding.bind_ortvalue_output(
+                output.name, ort.OrtValue.ortvalue_from_shape_and_type(list(value.shape), value.dtype, "cuda", 0)
+            )
+        name = f"{kind} {ort.__version__}{', CUDA graph' if graph else ''}"
+        try:
+            found = measure(_Calls(functools.partial(session.run_with_iobinding, binding)), settings)
+        except Exception as error:
+            rows.append(Row(group="", name=name, batch=batch, includes="", failed=described(error)))
+            continue
+        rows.append(row("", name, batch, _ON_GPU, found))
+    return rows
+
+
+def _torch(kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]], settings: Settings, batch: int) -> list[Row]:
+    from gpuopt.model_file import ModelKind, detect
+    from gpuopt.recipe import load, resolve
+
+    try:
+        import torch
+    except ImportError as error:
+        raise _RefusedError(f"torch is not installed: {error}") from error
+    recipe = resolve(load(folder / "recipe.yaml"))
+    model_kind = detect(Path(recipe.model.path)) if recipe.model.path else ModelKind.FACTORY
+    if model_kind is ModelKind.ONNX:
+        raise _RefusedError("the model was compiled from ONNX: there is no PyTorch model")
+    gpu = torch.cuda.is_available()
+    if not gpu and kind != "torch eager":
+        raise _RefusedError("torch finds no NVIDIA GPU")
+    from gpuopt import torch_model
+
+    torch.manual_seed(recipe.export.seed)
+    loaded = torch_model.load(recipe.model, model_kind)
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = torch.float16 if gpu and recipe.precision in ("fp16", "int8") else torch.float32
+    module = loaded.module
+    if not isinstance(module, torch.nn.Module):
+        raise _RefusedError("an exported program is not moved to another device")
+    module = module.to(device)
+    tensors = {}
+    for name, value in _inputs(folder, shapes).items():
+        tensor = torch.from_numpy(value).to(device)
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if tensor.ndim == 4:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+        tensors[name] = tensor
+    if dtype is torch.float16:
+        module = module.half()
+    if any(tensor.ndim == 4 for tensor in tensors.values()):
+        module = module.to(memory_format=torch.channels_last)
+    loaded.module = module
+    what = f"{str(dtype).removeprefix('torch.')}{', channels_last' if 4 in {t.ndim for t in tensors.values()} else ''}"
+    run: Callable[[], Any] = lambda: loaded.forward(tensors)  # noqa: E731
+    if kind == "torch.compile":
+        loaded.module = torch.compile(module, mode="reduce-overhead")
+    elif kind == "torch eager, CUDA stream":
+        stream = torch.cuda.Stream()
+
+        def on_stream() -> Any:
+            with torch.cuda.stream(stream):
+                return loaded.forward(tensors)
+
+        run = on_stream
+    wait = torch.cuda.synchronize if gpu else (lambda: None)
+    includes = _ON_GPU if gpu else _WHOLE_CALL
+    with torch.inference_mode():
+        for _ in range(5):
+            run()
+        found = measure(_Calls(run, wait), settings)
+    mode = ' mode="reduce-overhead"' if kind == "torch.compile" else ""
+    return [row("", f"{kind} {torch.__version__}{mode}, {what}", batch, includes, found)]
+
+
+if __name__ == "__main__":
+    main()

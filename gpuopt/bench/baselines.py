@@ -1,0 +1,82 @@
+"""PyTorch and ONNX Runtime on the same model and shapes, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpuopt.bench.report import Row
+from gpuopt.errors import one_line
+from gpuopt.progress import Progress
+from gpuopt.shapes import Shape
+
+KINDS = (
+    "onnxruntime cpu",
+    "onnxruntime cuda nchw",
+    "onnxruntime cuda nhwc",
+    "torch eager",
+    "torch eager, CUDA stream",
+    "torch.compile",
+)
+_TIMEOUT_SECONDS = 600
+
+
+def rows(
+    folder: Path, shapes: Mapping[str, Shape], seconds: float, python: Path | None, progress: Progress
+) -> Iterator[Row]:
+    """A row for every baseline: figures, or why there are none.
+
+    Args:
+        folder: a bundle.
+        shapes: of the inputs.
+        seconds: for each.
+        python: the interpreter that has torch or onnxruntime-gpu; None: this one.
+    """
+    batch = next(iter(shapes.values()))[0] if next(iter(shapes.values()), ()) else 1
+    asked = {
+        "folder": str(folder.resolve()),
+        "seconds": seconds,
+        "batch": batch,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+    }
+    for kind in KINDS:
+        with progress.stage(f"bench {kind}"):
+            answer = _ask({**asked, "kind": kind}, python)
+        if "failed" in answer:
+            yield Row(group="baselines", name=kind, batch=batch, includes="", failed=answer["failed"])
+        else:
+            for entry in answer["rows"]:
+                yield Row.model_validate({"group": "baselines", "batch": batch, **entry})
+
+
+def _ask(request: Mapping[str, Any], python: Path | None) -> dict[str, Any]:
+    environment = dict(os.environ)
+    if python is not None:
+        # Another interpreter has packages of its own, and only gpuopt itself from here.
+        environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+        for name in ("PYTHONHOME", "LD_PRELOAD", "LD_LIBRARY_PATH"):
+            environment.pop(name, None)
+    command = [str(python or sys.executable), "-m", "gpuopt.bench.baseline"]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own module, no shell
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            timeout=_TIMEOUT_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"failed": one_line(error)}
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        last = done.stderr.strip().splitlines()[-1:] or [f"it ended with code {done.returncode}"]
+        return {"failed": one_line(last[0])}
+    return dict(answer)

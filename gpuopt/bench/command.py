@@ -1,0 +1,148 @@
+"""`gpuopt bench` without its command line: a bundle or an engine in, a document out."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpuopt
+from gpuopt import bundle, engine_record, environment, reference
+from gpuopt.artifact import ONNX_FILE
+from gpuopt.bench import baselines, conditions
+from gpuopt.bench.report import BenchReport, Row
+from gpuopt.errors import EngineError, GpuoptError, UsageError
+from gpuopt.progress import Progress
+from gpuopt.reference import Reference
+from gpuopt.shapes import Shape, format_shape
+from gpuopt.storage import sha256_file, write_text
+
+GROUPS = ("latency", "phases", "overlap", "streams", "batches", "memory", "baselines")
+_ENGINES = ("model.tensorrt.engine", "model.tensorrt-rtx.engine")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        subject: a bundle's folder, or an engine with its record beside it.
+        groups: of `GROUPS`.
+        seconds: for each row.
+        batches: batch sizes to sweep; empty: the profile's smallest, tuned and largest.
+        streams: largest number of executions at once.
+        beside: another engine to run at the same time; None: none.
+        baseline_python: the interpreter for the baselines; None: this one.
+    """
+
+    subject: Path
+    groups: tuple[str, ...] = GROUPS
+    seconds: float = 1.0
+    batches: tuple[int, ...] = ()
+    streams: int = 4
+    beside: Path | None = None
+    baseline_python: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    engine: Path | None
+    folder: Path | None
+    stored: Reference | None
+
+
+def bench(request: Request, command: Sequence[str], progress: Progress) -> BenchReport:
+    """Measure an engine, ONNX Runtime and PyTorch, as far as they are here.
+
+    Raises:
+        UsageError: the subject is neither a bundle nor an engine, or a group is unknown.
+        StorageError, EngineError: it is damaged, or belongs elsewhere.
+        RequirementError: an engine without a bundle, and nothing here to run it.
+    """
+    started = time.monotonic()
+    unknown = sorted(set(request.groups) - set(GROUPS))
+    if unknown:
+        raise UsageError(f"there is no group '{unknown[0]}'", f"Groups: {', '.join(GROUPS)}.")
+    found = _find(request.subject)
+    rows: list[Row] = []
+    warnings: list[str] = []
+    memory: dict[str, object] = {}
+    shapes = _shapes(found)
+    target, version, gpu, subject = "onnxruntime", environment.version_of("onnxruntime") or "", "the CPU", ONNX_FILE
+    missing = environment.why_not_run(engine_record.read(found.engine).target) if found.engine else "no engine"
+    if found.engine is not None and missing:
+        if found.folder is None:
+            raise EngineError(f"{found.engine.name} cannot be run here: {missing}", "Run it where it was built.")
+        warnings.append(f"{found.engine.name} was not measured: {missing}")
+    with conditions.watched(_pci_bus_id() if not missing else None) as state:
+        if found.engine is not None and not missing:
+            from gpuopt.bench import engines
+
+            record = engine_record.read(found.engine)
+            target, version, subject = record.target, record.library_version, found.engine.name
+            measured = engines.EngineBench(found.engine, record, request, progress)
+            with measured:
+                gpu = measured.device.name
+                rows += measured.rows(shapes)
+                memory = measured.memory
+            if target == "tensorrt-rtx":
+                warnings.append("TensorRT-RTX's licence may forbid publishing figures: read it before you do")
+        if "baselines" in request.groups and found.folder is not None:
+            rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress)
+    warnings += state.warnings()
+    return BenchReport(
+        command=list(command),
+        gpuopt_version=gpuopt.__version__,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        subject=subject,
+        sha256=sha256_file(found.engine or request.subject / ONNX_FILE),
+        target=target,
+        library_version=version,
+        gpu=gpu,
+        shapes={name: format_shape(shape) for name, shape in shapes.items()},
+        rows=rows,
+        memory=memory,
+        conditions=state.summary(),
+        warnings=warnings,
+        environment=environment.describe(),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def write(report: BenchReport, path: Path) -> None:
+    """Write the document.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_text(path, report.model_dump_json(indent=2) + "\n")
+
+
+def _find(subject: Path) -> _Found:
+    if subject.is_dir():
+        bundle.open_bundle(subject)
+        engine = next((subject / name for name in _ENGINES if (subject / name).is_file()), None)
+        return _Found(engine, subject, reference.load(subject / "reference"))
+    if subject.suffix == ".engine" and subject.is_file():
+        return _Found(subject, None, None)
+    raise UsageError(f"{subject} is neither a bundle nor an engine", "Name a folder that 'gpuopt compile' wrote.")
+
+
+def _shapes(found: _Found) -> dict[str, Shape]:
+    if found.stored is not None:
+        return {name: bounds.opt for name, bounds in found.stored.profiles[0].items()}
+    if found.engine is None:
+        raise UsageError("there is nothing to measure", "Name a folder that 'gpuopt compile' wrote.")
+    return {n: bounds.opt for n, bounds in engine_record.read(found.engine).shape_profiles()[0].items()}
+
+
+def _pci_bus_id() -> str | None:
+    from gpuopt.cuda.device import Device
+
+    try:
+        with Device() as device:
+            return device.pci_bus_id
+    except GpuoptError:
+        return None
