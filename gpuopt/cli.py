@@ -52,6 +52,11 @@ class FormatChoice(str, Enum):
     qoperator = "qoperator"
 
 
+class QuantizerChoice(str, Enum):
+    gpuopt = "gpuopt"
+    tensorrt = "tensorrt"
+
+
 class EqualizeChoice(str, Enum):
     auto = "auto"
     off = "off"
@@ -211,6 +216,10 @@ def compile(  # noqa: A001 - the command's name
     strict_calibration: StrictFlag = False,
     random_calibration: RandomFlag = False,
     quant_format: Annotated[FormatChoice | None, typer.Option("--quant-format", help="[default: qdq]")] = None,
+    quantizer: Annotated[
+        QuantizerChoice | None,
+        typer.Option("--quantizer", help="tensorrt: its own calibrator, TensorRT 8.5 to 10. [default: gpuopt]"),
+    ] = None,
     nodes_to_exclude: ExcludeNodesOption = None,
     op_types_to_exclude: ExcludeTypesOption = None,
     equalize: EqualizeOption = None,
@@ -238,7 +247,36 @@ def compile(  # noqa: A001 - the command's name
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
+    min_precision_coverage: Annotated[
+        str | None,
+        typer.Option(
+            "--min-precision-coverage", metavar="SHARE", help="Of an engine's time in the asked-for precision, as 80%."
+        ),
+    ] = None,
     opset: OpsetOption = None,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", metavar="SIZE", help="The builder's scratch memory, as 4GiB.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option("--optimization-level", min=0, max=5, help="0 builds fast, 5 makes fast engines.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="FILE", help="[default: one for each TensorRT and GPU in the cache]"),
+    ] = None,
+    require_timing_cache: Annotated[
+        bool, typer.Option("--require-timing-cache", help="Fail where no fitting timing cache is there.")
+    ] = False,
+    tactic_sources: Annotated[
+        list[str] | None, typer.Option("--tactic-sources", metavar="NAME", help="TensorRT's names; repeatable.")
+    ] = None,
+    plugins: Annotated[
+        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="Library with plugins; repeatable.")
+    ] = None,
+    io_formats: Annotated[
+        list[str] | None,
+        typer.Option("--io-format", metavar="NAME=DTYPE:FORMAT", help="As in image=fp16:hwc8; repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
@@ -276,7 +314,16 @@ def compile(  # noqa: A001 - the command's name
         op_types_to_exclude=tuple(op_types_to_exclude or ()),
         equalize=_value(equalize),
         bias_correction=_value(bias_correction),
+        quantizer=_value(quantizer),
         min_cosine=min_cosine,
+        min_precision_coverage=min_precision_coverage,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        require_timing_cache=require_timing_cache,
+        tactic_sources=tuple(tactic_sources or ()),
+        plugins=tuple(plugins or ()),
+        io_formats=tuple(io_formats or ()),
         opset=opset,
         max_accuracy_drop=max_accuracy_drop,
         metric=metric,
@@ -433,6 +480,32 @@ def analyze(
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
+    target: Annotated[
+        TargetChoice | None,
+        typer.Option("--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX]"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of build or verify: build.workspace=4GiB."),
+    ] = None,
+    cache_dir: CacheOption = None,
+    no_cache: NoCacheFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Build a bundle's engine for this machine and prove it; needs no PyTorch."""
+    from gpuopt import request
+    from gpuopt.rebuild import build_bundle
+
+    with request.open_cache(cache_dir, no_cache) as cache:
+        outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv)
+    _finish(outcome, as_json, quiet, verbose)
 
 
 @app.command()

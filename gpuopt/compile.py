@@ -120,7 +120,7 @@ def compile_model(
     try:
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
         bundle.check_destination(destination)
-        contest = Contest(recipe, cache, progress, str(destination), _verdict, explain)
+        contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
         if recipe.precision == "auto":
             choice = contest.choose()
             error = choice.error
@@ -129,7 +129,7 @@ def compile_model(
         else:
             runner = Runner(recipe, cache, progress, str(destination), explain)
             runner.run()
-            error = _verdict(runner)
+            error = verdict(runner)
             if error is None and recipe.precision == "int8" and can_check_speed(recipe):
                 choice = contest.check(runner)
                 error = choice.error
@@ -184,10 +184,10 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     report = before.model_copy(
         update={
             "command": list(command),
-            "created": _now(),
+            "created": now(),
             "gpuopt_version": gpuopt.__version__,
             "status": "failed" if error else "passed",
-            "error": _failure(error, "verify"),
+            "error": failure_of(error, "verify"),
             "bundle": str(folder.absolute()),
             "stages": [stage],
             "engines": [
@@ -247,7 +247,8 @@ def _proofs(runner: Runner) -> dict[str, Mapping[str, Any]]:
     return {r.step.target: r.entry.facts for r in runner.results if r.step.stage.name == "prove"}
 
 
-def _verdict(runner: Runner) -> GpuoptError | None:
+def verdict(runner: Runner) -> GpuoptError | None:
+    """What is wrong with a finished run: accuracy, then precision; None if nothing is."""
     proofs = _proofs(runner)
     found = [f for facts in (*proofs.values(), _verification(runner) or {}) for f in facts.get("failures", [])]
     if found:
@@ -290,9 +291,9 @@ def _report(
     return Report(
         command=list(command),
         gpuopt_version=gpuopt.__version__,
-        created=_now(),
+        created=now(),
         status="failed" if error else "passed",
-        error=_failure(error, at_work),
+        error=failure_of(error, at_work),
         model=ModelReport(
             path=recipe.model.path,
             factory=recipe.model.factory,
@@ -312,7 +313,7 @@ def _report(
             )
             for result in results
         ],
-        engines=_engines(runner) if runner else [],
+        engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,
         warnings=[warning for result in results for warning in result.entry.warnings],
         environment=environment.describe(),
@@ -320,7 +321,8 @@ def _report(
     )
 
 
-def _engines(runner: Runner) -> list[EngineReport]:
+def engine_reports(runner: Runner) -> list[EngineReport]:
+    """A line for every deployable file that a run made."""
     engines = []
     verification, proofs = _verification(runner), _proofs(runner)
     for result in runner.results:
@@ -410,11 +412,13 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
     bundle.write(destination, files, documents, about)
 
 
-def _failure(error: GpuoptError | None, stage: str | None) -> Failure | None:
+def failure_of(error: GpuoptError | None, stage: str | None) -> Failure | None:
+    """An error as the report has it."""
     if error is None:
         return None
     return Failure(kind=error.kind, exit_code=error.exit_code, message=error.message, hint=error.hint, stage=stage)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, for reports: UTC, seconds."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import gpuopt
 from gpuopt import environment
 from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
-from gpuopt.errors import DataError, GpuoptError, StorageError
+from gpuopt.errors import DataError, GpuoptError, StorageError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import FACTORY_PATTERN, AccuracySection, ModelSection, Recipe
 from gpuopt.stages.context import StageContext
@@ -55,7 +55,13 @@ class Stage:
 
 
 def _is_int8(recipe: Recipe) -> bool:
-    return recipe.precision == "int8"
+    """Whether gpuopt itself quantizes."""
+    return recipe.precision == "int8" and recipe.quantize.quantizer == "gpuopt"
+
+
+def _is_native(recipe: Recipe) -> bool:
+    """Whether TensorRT's own calibrator does."""
+    return recipe.precision == "int8" and recipe.quantize.quantizer == "tensorrt"
 
 
 def _corrects_biases(recipe: Recipe) -> bool:
@@ -154,7 +160,14 @@ STAGES = (
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
         ("build", "precision", "cast.remainder"),
-        ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
+        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: not _is_native(recipe), per_target=True,
+    ),
+    # TensorRT calibrates while it builds: here the data decides the engine.
+    Stage(
+        "build", ("onnx", "reference"), ("engine",),
+        ("build", "precision", "cast.remainder", "quantize.quantizer", "calibrate.method", "calibrate.samples",
+         *_SAMPLES),
+        ("tensorrt", "numpy"), applies=_is_native, sources=("data",), per_target=True,
     ),
     Stage(
         "prove", ("engine", "reference"), ("proof",), ("verify", "precision"),
@@ -227,15 +240,18 @@ class Runner:
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
-    def run(self, until: str | None = None) -> None:
+    def run(self, until: str | None = None, only: Sequence[str] | None = None) -> None:
         """Run every step up to and with the stage `until`, by default all.
+
+        Args:
+            only: names of the stages to run; None: all. What they need has to be adopted.
 
         Raises:
             GpuoptError: of the step that failed; `at_work` names it.
         """
         try:
             with Worker() as worker:
-                steps = plan(self.recipe, until)
+                steps = [step for step in plan(self.recipe, until) if only is None or step.stage.name in only]
                 for number, step in enumerate(steps, 1):
                     self.at_work = step
                     with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):
@@ -248,6 +264,10 @@ class Runner:
         finally:
             if self._key_parts:
                 self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
+
+    def adopt(self, kind: str, folder: Path) -> None:
+        """Take a folder as an artifact that an earlier stage made."""
+        self._artifacts[kind] = Artifact(kind, folder, folder_sha256(folder))
 
     def artifact(self, kind: str, target: str = "") -> Artifact | None:
         """The newest artifact of a kind, or a target's own."""
@@ -344,6 +364,10 @@ class Runner:
             if fingerprint is None:
                 return None
             parts["input.model"] = fingerprint
+        if stage.name == "build":
+            for plugin in map(Path, self.recipe.build.plugins):
+                with storage_errors("read", plugin):
+                    parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)
         if stage.name == "calibrate" and self.recipe.calibrate.ranges:
             ranges = Path(self.recipe.calibrate.ranges)
             with storage_errors("read", ranges):
@@ -492,6 +516,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
     if builds:
         environment.check_targets(recipe.build.target)
+        _check_native(recipe)
     environment.require("onnxruntime", "verifying what was built")
     kind = ModelKind.FACTORY
     if recipe.model.path:
@@ -525,6 +550,15 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
             "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"
             "--calibration-data package.module:callable; or --calibration-ranges FILE. (--random-calibration: smoke "
             "tests only.)",
+        )
+
+
+def _check_native(recipe: Recipe) -> None:
+    version = environment.tensorrt_version()
+    if _is_native(recipe) and version is not None and version[0] >= 11:
+        raise UsageError(
+            f"TensorRT {version[0]}.{version[1]} has no calibrators any more: INT8 comes from Q/DQ in the graph alone",
+            "Leave out --quantizer tensorrt, so that gpuopt calibrates and places Q/DQ.",
         )
 
 

@@ -380,6 +380,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _native_calibration_is_tensorrts(self) -> Recipe:
+        if self.quantize.quantizer == "gpuopt":
+            return self
+        if any(target == "tensorrt-rtx" for target in self.build.target):
+            raise ValueError("quantize.quantizer tensorrt needs build.target tensorrt: TensorRT-RTX has no calibrators")
+        if self.calibrate.method not in ("auto", "entropy", "minmax"):
+            raise ValueError("TensorRT's own calibrators are entropy and minmax: choose one as calibrate.method")
+        if self.accuracy.max_drop is not None or self.calibrate.ranges is not None:
+            raise ValueError(
+                "an accuracy budget and ranges need gpuopt's own quantizer: leave out quantize.quantizer tensorrt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_budget_is_for_int8(self) -> Recipe:
         if self.accuracy.max_drop is not None and self.precision not in ("int8", "auto"):
             raise ValueError(f"accuracy.max_drop is for precision int8, not {self.precision}: only INT8 falls back")

@@ -44,6 +44,15 @@ class Flags:
     strict_calibration: bool = False
     random_calibration: bool = False
     quant_format: str | None = None
+    quantizer: str | None = None
+    workspace: str | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    require_timing_cache: bool = False
+    tactic_sources: tuple[str, ...] = ()
+    plugins: tuple[Path, ...] = ()
+    io_formats: tuple[str, ...] = ()
+    min_precision_coverage: str | None = None
     nodes_to_exclude: tuple[str, ...] = ()
     op_types_to_exclude: tuple[str, ...] = ()
     equalize: str | None = None
@@ -80,6 +89,15 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "calibrate.strict": flags.strict_calibration or None,
         "calibrate.random": flags.random_calibration or None,
         "quantize.format": flags.quant_format,
+        "quantize.quantizer": flags.quantizer,
+        "build.workspace": flags.workspace,
+        "build.optimization_level": flags.optimization_level,
+        "build.timing_cache": str(flags.timing_cache) if flags.timing_cache else None,
+        "build.require_timing_cache": flags.require_timing_cache or None,
+        "build.tactic_sources": list(flags.tactic_sources) or None,
+        "build.plugins": [str(path) for path in flags.plugins] or None,
+        "build.io_formats": _pairs(flags.io_formats) or None,
+        "verify.min_precision_coverage": flags.min_precision_coverage,
         "quantize.nodes_to_exclude": list(flags.nodes_to_exclude) or None,
         "quantize.op_types_to_exclude": list(flags.op_types_to_exclude) or None,
         "quantize.equalize": flags.equalize,
@@ -108,6 +126,16 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
     if not tree.get("model"):
         raise UsageError("no model is given", "Name a model file, package.module:factory, or a recipe with --recipe.")
     return resolve(tree)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if not equals or not name:
+            raise UsageError(f"'{text}' names no tensor", "Write NAME=DTYPE:FORMAT, as in image=fp16:hwc8.")
+        pairs[name] = value
+    return pairs
 
 
 def describe(chosen: Recipe, as_json: bool) -> str:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gpuopt import engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.tensorrt import builder
-from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
+from gpuopt.calibration.reading import open_for_model
 from gpuopt.engine_record import EngineRecord, TensorRecord
+from gpuopt.errors import DataError
 from gpuopt.recipe import Recipe
-from gpuopt.reference import Reference
+from gpuopt.reference import Array, Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file
 
 ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}
+
+
+CALIBRATION_CACHE_FILE = "model.tensorrt.calibration"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -28,12 +37,17 @@ def run(context: StageContext) -> StageOutcome:
     """
     stored = reference.load(context.folder("reference"))
     options = build_options(context.recipe, context.target, context.timing_cache)
+    native = context.recipe.precision == "int8" and context.recipe.quantize.quantizer == "tensorrt"
+    if native:
+        options = replace(options, calibration=_native_calibration(context, stored))
     onnx_path = context.engine_graph() / ONNX_FILE
     built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
     path.write_bytes(built.plan)
     record = record_of(path, context.target, built.version, options, stored, context.recipe.precision)
     engine_record.write(path, record)
+    if native:
+        (path.parent / CALIBRATION_CACHE_FILE).write_bytes(built.calibration_cache)
     facts: dict[str, Any] = {
         "target": context.target,
         "file": path.name,
@@ -42,9 +56,37 @@ def run(context: StageContext) -> StageOutcome:
         "compute_capabilities": list(record.compute_capabilities) or ["8.0 and newer"],
         "gpu": record.gpu,
         "options": built.applied,
+        "quantizer": "tensorrt" if native else "gpuopt",
         "builder_messages": list(built.messages),
     }
     return StageOutcome(facts, built.warnings)
+
+
+def _native_calibration(context: StageContext, stored: Reference) -> NativeCalibration:
+    """TensorRT's calibrator over the recipe's data, in batches of the first profile's optimum."""
+    asked = context.recipe.calibrate.method
+    batch = max((bounds.opt[0] for bounds in stored.profiles[0].values() if bounds.opt), default=1)
+
+    def batches() -> Iterator[Mapping[str, Array]]:
+        waiting: list[Mapping[str, Array]] = []
+        given = 0
+        for feed in open_for_model(context, stored.inputs):
+            waiting.append(feed)
+            if sum(len(next(iter(one.values()))) for one in waiting) >= batch:
+                yield _joined(waiting, batch)
+                given += 1
+                waiting = []
+        if not given:
+            raise DataError(
+                f"there are fewer calibration samples than one batch of {batch}",
+                "Give more samples, or a smaller --opt-shapes.",
+            )
+
+    return NativeCalibration("minmax" if asked == "minmax" else "entropy", batches)
+
+
+def _joined(feeds: Sequence[Mapping[str, Array]], batch: int) -> dict[str, Array]:
+    return {name: np.concatenate([feed[name] for feed in feeds])[:batch] for name in feeds[0]}
 
 
 def build_options(recipe: Recipe, target: str, timing_cache: Path | None) -> BuildOptions:

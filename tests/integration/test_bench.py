@@ -18,7 +18,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, gpuopt: Gpuopt) -> Path:
     save_data(folder / "calibration.npz")
     made = gpuopt(
         "compile", "net.pt", "-p", "fp32", "-t", "tensorrt-rtx",
-        "--min-shapes", "image:1x3x16x16", "--opt-shapes", "image:4x3x16x16", "--max-shapes", "image:8x3x16x16", cwd=folder,
+        "--min-shapes", "image:1x3x16x16", "--opt-shapes", "image:4x3x16x16", "--max-shapes", "image:8x3x16x16",
+        cwd=folder,
     )  # fmt: skip
     assert made.code == 0, made.stderr
     return folder / "net.gpuopt"

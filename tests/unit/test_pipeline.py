@@ -50,7 +50,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         {"quantize.format": "qoperator", "build.target": ["onnxruntime"]},
         f"calibrate {_PLACEMENT} verify",
     ),
-    "quantize.quantizer": ("tensorrt", ""),
+    "quantize.quantizer": (
+        {"quantize.quantizer": "tensorrt", "accuracy.max_drop": None, "build.target": ["tensorrt", "onnxruntime"]},
+        "verify",
+    ),
     "quantize.per_channel": (False, _PLACEMENT),
     "quantize.op_types": (["Conv"], _PLACEMENT),
     "quantize.op_types_to_exclude": (["Conv"], _PLACEMENT),
@@ -112,6 +115,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         np.savez(name, x=np.zeros((count, 4), np.float32))
     np.save("labels.npy", np.zeros(3))
     Path("ranges.json").write_text("{}")
+    Path("libplugin.so").write_bytes(b"")
     return tmp_path
 
 

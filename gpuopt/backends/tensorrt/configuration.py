@@ -70,6 +70,7 @@ class Configurator:
         self._set_weights(made, options)
         self._set_hardware(made, options)
         self._set_formats(made, options)
+        self._fix_static_inputs(profiles)
         for profile in profiles:
             config.add_optimization_profile(self._profile(profile))
         self._set_timing_cache(made, options)
@@ -232,6 +233,14 @@ class Configurator:
             tensor.allowed_formats = 1 << int(self._trt.TensorFormat.__members__[formats.NAMES[layout]])
         if options.io_formats:
             made.applied["io_formats"] = dict(options.io_formats)
+
+    def _fix_static_inputs(self, profiles: tuple[Profile, ...]) -> None:
+        """Give inputs that have one shape that shape: kernels are chosen for it, and contexts can share the profile."""
+        for index in range(self._network.num_inputs):
+            tensor = self._network.get_input(index)
+            shapes = {bounds for profile in profiles for bounds in (profile[tensor.name].min, profile[tensor.name].max)}
+            if len(shapes) == 1 and -1 in tuple(tensor.shape) and len(tensor.shape) == len(next(iter(shapes))):
+                tensor.shape = next(iter(shapes))
 
     def _io_tensors(self) -> Iterator[Any]:
         for index in range(self._network.num_inputs):

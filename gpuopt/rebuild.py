@@ -1,0 +1,163 @@
+"""`gpuopt build` without its command line: a bundle's engine, built and proved here, without PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import gpuopt
+from gpuopt import bundle, environment
+from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
+from gpuopt.cache import Cache
+from gpuopt.compile import Outcome, engine_reports, failure_of, now, verdict
+from gpuopt.errors import GpuoptError, UsageError
+from gpuopt.pipeline import Runner
+from gpuopt.progress import Progress
+from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
+from gpuopt.report.markdown import render as render_markdown
+from gpuopt.report.model import Report, StageReport
+from gpuopt.storage import storage_errors
+
+_CHANGEABLE = ("build", "verify")
+
+
+def build_bundle(
+    folder: Path, target: str | None, settings: Sequence[str], cache: Cache, progress: Progress, command: Sequence[str]
+) -> Outcome:
+    """Build a bundle's engine for this machine, run it, and put it into the bundle.
+
+    The bundle is replaced in one step, and only by one whose engine holds.
+
+    Args:
+        target: None: TensorRT where it and a GPU are present, else TensorRT-RTX.
+        settings: `KEY=VALUE` of the build and verify sections.
+
+    Raises:
+        StorageError: the bundle is damaged.
+        UsageError: a setting of another section, or a graph that the TensorRT here does not read.
+        RequirementError: the target cannot be built here.
+    """
+    started = time.monotonic()
+    manifest = bundle.open_bundle(folder)
+    with storage_errors("read", folder):
+        before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
+    recipe = _recipe(folder, target, settings)
+    environment.check_targets(recipe.build.target)
+    runner = Runner(recipe, cache, progress, f"{folder.absolute()} build")
+    error: GpuoptError | None = None
+    with cache.scratch() as scratch:
+        _adopt(runner, folder, scratch)
+        try:
+            runner.run(only=("build", "prove"))
+            error = verdict(runner)
+        except GpuoptError as failure:
+            error = failure
+        report = before.model_copy(
+            update={
+                "command": list(command),
+                "created": now(),
+                "gpuopt_version": gpuopt.__version__,
+                "status": "failed" if error else "passed",
+                "error": failure_of(error, runner.at_work.label if runner.at_work else None),
+                "bundle": str(folder.absolute()),
+                "stages": [*(s for s in before.stages if s.name not in ("build", "prove")), *_stages(runner)],
+                "engines": _engines(before, runner),
+                "environment": environment.describe(),
+                "warnings": [warning for result in runner.results for warning in result.entry.warnings],
+                "seconds": round(time.monotonic() - started, 3),
+            }
+        )
+        if error is None:
+            _write(folder, manifest, recipe, runner, report)
+    return Outcome(report, error)
+
+
+def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe:
+    tree = load(folder / "recipe.yaml")
+    for text in settings:
+        key, value = parse_setting(text)
+        if key.partition(".")[0] not in _CHANGEABLE:
+            raise UsageError(
+                f"--set {key}: only keys of {' and '.join(_CHANGEABLE)} can change in a bundle",
+                "Everything before the engine is decided: compile again for the rest.",
+            )
+        set_value(tree, key, value)
+    engine = target or next((name for name in environment.default_targets() if name != "onnxruntime"), None)
+    if engine is None or engine == "onnxruntime":
+        raise UsageError(
+            "no engine can be built here: neither TensorRT with a GPU nor TensorRT-RTX is there",
+            "'gpuopt doctor' says what each needs.",
+        )
+    set_value(tree, "build.target", [engine, "onnxruntime"])
+    recipe = resolve(tree)
+    version = environment.tensorrt_version() if engine == "tensorrt" else None
+    if version is not None and version < (10, 0) and recipe.precision == "int8" and not recipe.build.legacy:
+        raise UsageError(
+            f"TensorRT {version[0]}.{version[1]} does not read this bundle's graph, which is for TensorRT 10 and newer",
+            "Compile again with --set build.legacy=true --opset 17.",
+        )
+    return recipe
+
+
+def _adopt(runner: Runner, folder: Path, scratch: Path) -> None:
+    """The bundle's graphs as the artifacts they once were: a folder each, with their external data."""
+    for kind, name in (("onnx", ONNX_FILE), ("engine_onnx", ENGINE_ONNX_FILE)):
+        if (folder / name).is_file():
+            made = scratch / kind
+            made.mkdir()
+            model = onnx.load(str(folder / name), load_external_data=False)
+            locations = {
+                entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"
+            }
+            with storage_errors("copy", folder):
+                shutil.copyfile(folder / name, made / ONNX_FILE)
+                for location in locations:
+                    shutil.copyfile(folder / location, made / location)
+            runner.adopt(kind, made)
+    runner.adopt("reference", folder / "reference")
+
+
+def _stages(runner: Runner) -> list[StageReport]:
+    return [
+        StageReport(
+            name=result.step.stage.name,
+            target=result.step.target or None,
+            cached=result.cached,
+            reason=result.reason,
+            seconds=result.entry.seconds,
+            facts=dict(result.entry.facts),
+        )
+        for result in runner.results
+    ]
+
+
+def _engines(before: Report, runner: Runner) -> list[Any]:
+    made = [engine for engine in engine_reports(runner) if engine.target != "onnxruntime"]
+    return [*made, *(engine for engine in before.engines if engine.target not in {one.target for one in made})]
+
+
+def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Runner, report: Report) -> None:
+    documents = {
+        "recipe.yaml": recipe.to_yaml(),
+        bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
+        "report.md": render_markdown(report),
+    }
+    files = {name: folder / name for name in manifest["files"] if name not in documents}
+    for result in runner.results:
+        if result.step.stage.name == "build":
+            files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
+    about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
+    kept = ("target", "file", "library_version", "compute_capabilities", "note")
+    about.update(
+        command=report.command,
+        created=report.created,
+        gpuopt_version=report.gpuopt_version,
+        targets=[engine.model_dump(mode="json", include=set(kept)) for engine in report.engines],
+        environment=report.environment,
+    )
+    bundle.write(folder, files, documents, about)
