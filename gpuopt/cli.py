@@ -573,6 +573,37 @@ def bench(
 
 
 @app.command()
+def profile(
+    subject: Annotated[Path, typer.Argument(help="Bundle folder, or an engine with its record beside it.")],
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Timed runs of each layer.")] = 50,
+    in_order: Annotated[bool, typer.Option("--in-order", help="As they run, instead of longest first.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Chrome trace of the PyTorch model: .json or .json.gz."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show where the time goes, layer by layer, and what bounds each layer."""
+    from gpuopt.profiling import command
+    from gpuopt.storage import write_text
+
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet))
+    if trace is not None:
+        command.trace(subject, trace)
+    document = found.model_dump_json(indent=2)
+    if output is not None:
+        write_text(output, document + "\n")
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _answer(document)
+    elif not quiet:
+        typer.echo(command.render(found, not in_order))
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Show what is installed and what each target still needs, with the command."""
     from gpuopt import request

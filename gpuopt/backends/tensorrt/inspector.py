@@ -9,6 +9,7 @@ first input that is no index.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,9 @@ _DTYPES: tuple[tuple[str, Precision], ...] = (
     (r"\bfp32\b|\bfloat\b|float32|\btf32\b", "fp32"),
     (r"\bint32\b|\bint64\b", "int32"),
 )
+_BYTES: Mapping[Precision, int] = {
+    "int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "int32": 4, "other": 4
+}  # fmt: skip
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _QUANTIZES = re.compile(r"(^|[_/])(De)?[Qq]uantize(Linear)?(_\d+)?(_clone_\d+)?$")
 
@@ -53,6 +57,7 @@ class EngineLayer:
         is_reformat: it only changes a layout or dtype, and nobody asked for it.
         is_quantization: a Q or DQ that was not fused with a neighbour.
         is_free: it launches nothing.
+        weight_bytes: of its constants, as far as the inspector counts them.
     """
 
     name: str
@@ -65,6 +70,15 @@ class EngineLayer:
     is_reformat: bool
     is_quantization: bool
     is_free: bool
+    weight_bytes: int = 0
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Inputs, outputs and weights, once each; None where a size is not known."""
+        tensors = (*self.inputs, *self.outputs)
+        if any(size < 0 for tensor in tensors for size in tensor.shape):
+            return None
+        return sum(math.prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors) + self.weight_bytes
 
     @property
     def computes(self) -> bool:
@@ -168,6 +182,7 @@ def _layer(entry: Mapping[str, Any]) -> EngineLayer:
         is_reformat=kind == "Reformat" and not quantizes,
         is_quantization=quantizes,
         is_free=is_free,
+        weight_bytes=_weight_bytes(entry),
     )
 
 
@@ -194,6 +209,15 @@ def _precision(
         if tensor.dtype not in ("int32", "other"):
             return tensor.dtype
     return inputs[0].dtype if inputs else "other"
+
+
+def _weight_bytes(entry: Mapping[str, Any]) -> int:
+    found = 0
+    for key in ("Weights", "Bias"):
+        told = entry.get(key)
+        if isinstance(told, dict) and isinstance(told.get("Count"), int):
+            found += told["Count"] * _BYTES[_dtype(str(told.get("Type", "")))]
+    return found
 
 
 def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:

@@ -125,9 +125,15 @@ class LoadedEngine:
         self._engine = None
         self._runtime = None
 
-    def layer_information(self) -> str:
-        """The inspector's JSON: every layer with its tactic, dtypes and formats."""
+    def layer_information(self, execution: Execution | None = None) -> str:
+        """The inspector's JSON: every layer with its tactic, dtypes and formats.
+
+        Args:
+            execution: whose shapes stand for dynamic ones; without one they are -1.
+        """
         inspector = self._engine.create_engine_inspector()
+        if execution is not None:
+            inspector.execution_context = execution.context
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     @property
@@ -296,6 +302,11 @@ class Execution:
             host[...] = 0
             self.stream.copy_in(self._buffers[name].address, host)
         self.stream.synchronize()
+
+    @property
+    def context(self) -> Any:
+        """TensorRT's own object."""
+        return self._context
 
     def copy_in(self, stream: Stream | None = None) -> None:
         """Enqueue the copies of all inputs to the device."""

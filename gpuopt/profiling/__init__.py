@@ -1,0 +1,1 @@
+"""Where the time of a compiled model goes, layer by layer, and what bounds each layer."""
