@@ -196,6 +196,9 @@ def compile(  # noqa: A001 - the command's name
         list[TargetChoice] | None,
         typer.Option("--target", "-t", help="Repeatable. [default: TensorRT with a GPU, else TensorRT-RTX]"),
     ] = None,
+    no_build: Annotated[
+        bool, typer.Option("--no-build", help="Make the engines' graph; 'gpuopt build' builds it on the GPU's machine.")
+    ] = False,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -297,6 +300,7 @@ def compile(  # noqa: A001 - the command's name
         precision=_value(precision),
         output=output,
         target=tuple(t.value for t in target or ()),
+        no_build=no_build,
         compute_capability=tuple(compute_capability or ()),
         inputs=tuple(inputs or ()),
         min_shapes=tuple(min_shapes or ()),

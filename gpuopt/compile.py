@@ -383,7 +383,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         if graph and stored:
             files.update({path.name: path for path in graph.path.iterdir()})
             files["reference"] = stored.path
-        if engine_graph and any(result.step.stage.name == "build" for result in runner.results):
+        if engine_graph and builds_engine(recipe):
             files.update({ENGINE_ONNX_FILE if p.name == ONNX_FILE else p.name: p for p in engine_graph.path.iterdir()})
         if ranges:
             files["calibration.ranges.json"] = ranges.path / "ranges.json"

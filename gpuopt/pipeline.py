@@ -160,19 +160,21 @@ STAGES = (
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
         ("build", "precision", "cast.remainder"),
-        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: not _is_native(recipe), per_target=True,
+        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not _is_native(recipe),
+        per_target=True,
     ),
     # TensorRT calibrates while it builds: here the data decides the engine.
     Stage(
         "build", ("onnx", "reference"), ("engine",),
         ("build", "precision", "cast.remainder", "quantize.quantizer", "calibrate.method", "calibrate.samples",
          *_SAMPLES),
-        ("tensorrt", "numpy"), applies=_is_native, sources=("data",), per_target=True,
+        ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and _is_native(recipe), sources=("data",),
+        per_target=True,
     ),
     Stage(
         "prove", ("engine", "reference"), ("proof",), ("verify", "precision"),
         ("tensorrt", "tensorrt-rtx-cu13", "pycuda", "numpy"),
-        applies=lambda recipe: recipe.verify.enabled, per_target=True,
+        applies=lambda recipe: recipe.verify.enabled and recipe.build.enabled, per_target=True,
         fits=lambda target: not environment.why_not_run(target),
     ),
     Stage(
@@ -398,7 +400,7 @@ class Runner:
             "calibrate": ("data", "ranges", "max_memory"),
             "accuracy": ("data",),
             # Each step has its own target in its key; where timings are kept does not change what is asked for.
-            "build": ("target", "timing_cache", "require_timing_cache"),
+            "build": ("target", "enabled", "timing_cache", "require_timing_cache"),
         }.get(section, ())
         if section == "calibrate.ranges":
             return value is not None
@@ -514,7 +516,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
     """
     from gpuopt.model_file import ModelKind, detect
 
-    if builds:
+    if builds and recipe.build.enabled:
         environment.check_targets(recipe.build.target)
         _check_native(recipe)
     environment.require("onnxruntime", "verifying what was built")

@@ -24,6 +24,7 @@ from gpuopt.errors import (
     QuantizationError,
     RequirementError,
     SpeedError,
+    UsageError,
 )
 from gpuopt.pipeline import Runner, builds_engine, own_version
 from gpuopt.progress import Progress
@@ -222,6 +223,8 @@ def measured_target(recipe: Recipe) -> str:
     """
     if not builds_engine(recipe):
         return "onnxruntime"
+    if not recipe.build.enabled:
+        raise UsageError("--precision auto times engines, and --no-build makes none", "Leave out one of the two.")
     reasons = {}
     for target in recipe.build.target:
         if target != "onnxruntime":
@@ -238,7 +241,12 @@ def measured_target(recipe: Recipe) -> str:
 def can_check_speed(recipe: Recipe) -> bool:
     """Whether INT8's speed can be compared with FP16's: an engine is asked for that runs here."""
     engines = (target for target in recipe.build.target if target != "onnxruntime")
-    return recipe.speed.check and recipe.verify.enabled and any(not environment.why_not_run(t) for t in engines)
+    return (
+        recipe.build.enabled
+        and recipe.speed.check
+        and recipe.verify.enabled
+        and any(not environment.why_not_run(t) for t in engines)
+    )
 
 
 def fastest(found: Race) -> str:

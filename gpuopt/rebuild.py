@@ -87,13 +87,17 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
                 "Everything before the engine is decided: compile again for the rest.",
             )
         set_value(tree, key, value)
-    engine = target or next((name for name in environment.default_targets() if name != "onnxruntime"), None)
+    asked = [name for name in resolve(tree).build.target if name != "onnxruntime"]
+    ready = {state.target for state in environment.target_states() if state.ready}
+    possible = [name for name in (*asked, *environment.default_targets()) if name in ready and name != "onnxruntime"]
+    engine = target or next(iter(possible), None)
     if engine is None or engine == "onnxruntime":
         raise UsageError(
             "no engine can be built here: neither TensorRT with a GPU nor TensorRT-RTX is there",
             "'gpuopt doctor' says what each needs.",
         )
     set_value(tree, "build.target", [engine, "onnxruntime"])
+    set_value(tree, "build.enabled", True)
     recipe = resolve(tree)
     version = environment.tensorrt_version() if engine == "tensorrt" else None
     if version is not None and version < (10, 0) and recipe.precision == "int8" and not recipe.build.legacy:

@@ -295,6 +295,7 @@ class BuildSection(Section):
         (),
         description="Empty: TensorRT where it and a GPU are present, else TensorRT-RTX; ONNX Runtime always.",
     )
+    enabled: bool = Field(True, description="false: make the graph for engines; 'gpuopt build' builds them elsewhere.")
     compute_capability: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
         (), description="TensorRT-RTX: 8.6, 8.9, ...; empty: 8.0 and newer."
     )

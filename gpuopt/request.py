@@ -31,6 +31,7 @@ class Flags:
     precision: str | None = None
     output: Path | None = None
     target: tuple[str, ...] = ()
+    no_build: bool = False
     compute_capability: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     min_shapes: tuple[str, ...] = ()
@@ -80,6 +81,7 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "precision": flags.precision,
         "output.directory": str(flags.output) if flags.output else None,
         "build.target": list(flags.target) or None,
+        "build.enabled": False if flags.no_build else None,
         "build.compute_capability": list(flags.compute_capability) or None,
         "calibrate.data": flags.calibration_data,
         "calibrate.method": flags.calibration_method,

@@ -73,6 +73,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "cast.op_types_to_keep": (["Add"], "cast"),
     "cast.nodes_to_keep": (["a"], "cast"),
     "build.target": (["tensorrt", "onnxruntime"], ""),
+    "build.enabled": (False, ""),
     "build.compute_capability": (["8.9"], "build"),
     "build.optimization_level": (3, "build"),
     "build.workspace": (1 << 26, "build"),
