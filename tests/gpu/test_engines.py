@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -248,47 +247,6 @@ def test_the_native_calibrator(method: Any, options: BuildOptions, tmp_path: Pat
             (profile(),),
             dataclasses.replace(native, calibration=NativeCalibration(method, broken)),
         )
-
-
-def gpuopt_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gpuopt", *arguments]
-    environment = {"GPUOPT_CACHE_DIR": str(folder / "cache")}
-    import os
-
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=folder,
-        env={**os.environ, **environment, "PYTHONPATH": f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
-def test_compile_builds_proves_and_tells(precision: str, tactic_sources: tuple[str, ...], tmp_path: Path) -> None:
-    onnx.save(residual_network(), tmp_path / "model.onnx")
-    np.savez(tmp_path / "calibration.npz", image=images(32))
-    arguments = [
-        "compile", "model.onnx", "-p", precision, "-t", "tensorrt", "--json",
-        "--min-shapes", "image:1x3x32x32", "--opt-shapes", "image:4x3x32x32", "--max-shapes", "image:8x3x32x32",
-        "--set", f"build.tactic_sources=[{', '.join(tactic_sources)}]",
-    ]  # fmt: skip
-    done = gpuopt_command(tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
-    report = json.loads(done.stdout)
-    engine = next(e for e in report["engines"] if e["target"] == "tensorrt")
-    assert engine["status"] == "verified"
-    proof = engine["proof"]
-    assert {row["corner"] for row in proof["outputs"]} == {"profile0-min", "profile0-opt", "profile0-max"}
-    assert proof["batch_invariance"]["checked"]
-    assert proof["coverage"]["layers"].get(precision, 0) >= 3
-    verified = gpuopt_command(tmp_path, "verify", "model.gpuopt", "--json")
-    assert verified.returncode == 0, verified.stderr
-    states = {e["target"]: e["status"] for e in json.loads(verified.stdout)["engines"]}
-    assert states["tensorrt"] == "verified"
-    if precision == "int8":
-        demanded = gpuopt_command(tmp_path, *arguments, "--set", "verify.min_precision_coverage=1.01")
-        assert demanded.returncode == 2
-        again = gpuopt_command(tmp_path, *arguments)
-        assert again.returncode == 0
-        assert all(stage["cached"] for stage in json.loads(again.stdout)["stages"])
 
 
 def test_a_model_with_nan_is_found_out(options: BuildOptions, tmp_path: Path) -> None:
