@@ -51,6 +51,7 @@ class EngineRecord(_Part):
         gpu: name of the GPU it was built on; empty if there was none.
         driver_version: the CUDA version that the driver supported, as `12.4`; empty without a GPU.
         precision: what was asked for.
+        tf32: whether FP32 products may have TF32's ten bits of mantissa.
         outputs: their shapes are those of the reference, dynamic dimensions by name.
     """
 
@@ -66,6 +67,7 @@ class EngineRecord(_Part):
     gpu: str
     driver_version: str
     precision: str
+    tf32: bool = True
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     profiles: tuple[dict[str, RangeRecord], ...]

@@ -370,3 +370,12 @@ def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]
         if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             found[value.name] = tuple(dim.dim_value for dim in dims)
     return found
+
+
+def kernel_shapes_stated(model: onnx.ModelProto) -> None:
+    """State the kernel's size of convolutions that leave it to their weights: TensorRT wants it where weights have Q/DQ."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 1 and node.input[1] in weights:
+            if not any(attribute.name == "kernel_shape" for attribute in node.attribute):
+                node.attribute.append(helper.make_attribute("kernel_shape", list(weights[node.input[1]][2:])))

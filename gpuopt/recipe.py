@@ -315,6 +315,7 @@ class BuildSection(Section):
     weight_streaming: bool = Field(False, description="Weights may stay in host memory; TensorRT 10 and newer.")
     plugins: Names = Field((), description="Shared libraries with plugins; they run code.")
     dla_core: int | None = Field(None, ge=0, description="The DLA core that takes what it can.")
+    tf32: bool = Field(True, description="FP32 may multiply with TF32's ten bits of mantissa, as TensorRT does.")
     sparsity: bool = Field(False, description="2:4 sparsity where the weights have it.")
     io_formats: dict[str, str] = Field(
         default_factory=dict, description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32."

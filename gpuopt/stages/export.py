@@ -284,6 +284,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         warnings.append(f"opset {before} was converted to {recipe.export.opset}")
     model.ir_version = onnx_model.IR_VERSION
     onnx_model.node_names_made_unique(model)
+    onnx_model.kernel_shapes_stated(model)
     path = onnx_model.save(model, context.made("onnx"))
     try:
         onnx_model.check(path)

@@ -13,7 +13,7 @@ from gpuopt import engine_record, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.tensorrt import inspector
 from gpuopt.backends.tensorrt.runtime import ExecutionOptions, LoadedEngine, iterate_profiles
-from gpuopt.comparison import Array, batch_invariance, compare, problem
+from gpuopt.comparison import Array, Limits, batch_invariance, compare, problem
 from gpuopt.cuda.device import Device
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
@@ -22,6 +22,8 @@ from gpuopt.stages.verify import BATCH_TOLERANCE, limits_of
 from gpuopt.storage import write_json
 
 PROOF_FILE = "proof.json"
+_TF32_LIMITS = Limits(min_cosine=0.9999, min_sqnr_db=40.0, min_agreement=0.99)
+_TF32_BATCH_TOLERANCE = 5e-3
 _REPEATS = 3
 _TIMED_ITERATIONS = 20
 
@@ -52,8 +54,9 @@ def prove(path: Path, stored: Reference, settings: VerifySection, precision: Pre
         EngineError: the engine is not what its record says, or does not belong on this machine.
         RequirementError: pycuda, the library or the GPU is missing.
     """
-    limits = limits_of(settings, precision)
     record = engine_record.read(path)
+    limits = _limits(settings, precision, record.tf32)
+    tolerance = _TF32_BATCH_TOLERANCE if precision == "fp32" and record.tf32 else BATCH_TOLERANCE[precision]
     failures: list[str] = []
     warnings: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -71,7 +74,7 @@ def prove(path: Path, stored: Reference, settings: VerifySection, precision: Pre
                         failures.append(f"{path.name}, output '{name}' at {corner.name}: {found}")
         invariance: dict[str, Any] = {"checked": False, "reason": "not asked for"}
         if settings.batch_invariance:
-            invariance = batch_invariance(_AnyShape(engine), stored, BATCH_TOLERANCE[precision])
+            invariance = batch_invariance(_AnyShape(engine), stored, tolerance)
             failures += [f"{path.name}, {failure}" for failure in invariance.get("failures", [])]
         repeats_equal = _repeats_equal(engine, stored)
         if not repeats_equal:
@@ -92,13 +95,25 @@ def prove(path: Path, stored: Reference, settings: VerifySection, precision: Pre
         "failures": failures,
         "warnings": warnings,
         "reference": stored.origin,
-        "limits": {**asdict(limits), "batch_tolerance": BATCH_TOLERANCE[precision]},
+        "limits": {**asdict(limits), "batch_tolerance": tolerance},
         "outputs": rows,
         "batch_invariance": invariance,
         "repeats_equal": repeats_equal,
         "coverage": asdict(inspector.coverage(found_layers, times)),
         "layers": [_layer_row(layer, times) for layer in found_layers],
     }
+
+
+def _limits(settings: VerifySection, precision: Precision, tf32: bool) -> Limits:
+    """The recipe's limits; an FP32 engine that multiplies with ten bits of mantissa has its own standard ones."""
+    asked = limits_of(settings, precision)
+    if precision != "fp32" or not tf32:
+        return asked
+    return Limits(
+        asked.min_cosine if settings.min_cosine is not None else _TF32_LIMITS.min_cosine,
+        asked.min_sqnr_db if settings.min_sqnr_db is not None else _TF32_LIMITS.min_sqnr_db,
+        asked.min_agreement,
+    )
 
 
 class _AnyShape:

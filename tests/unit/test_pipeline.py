@@ -89,6 +89,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "build.weight_streaming": (True, "build"),
     "build.plugins": (["libplugin.so"], "build"),
     "build.dla_core": (0, "build"),
+    "build.tf32": (False, "build"),
     "build.sparsity": (True, "build"),
     "build.io_formats": ({"build.io_formats": {"x": "fp16:hwc8"}}, "build"),
     "build.legacy": (True, f"{_PLACEMENT} build"),

@@ -98,6 +98,7 @@ class LoadedEngine:
             if hasattr(self._engine, "device_memory_size_v2")
             else self._engine.device_memory_size
         )
+        self._in_use: dict[int, int] = {}
         device.own(self)
 
     @staticmethod
@@ -172,6 +173,25 @@ class LoadedEngine:
             "Change the input, or build with other --min-shapes and --max-shapes.",
         )
 
+    def take_profile(self, profile: int) -> None:
+        """Note that an execution uses a profile.
+
+        Raises:
+            EngineError: another one does, and this TensorRT gives a profile of dynamic shapes to one at a time.
+        """
+        dynamic = any(bounds.dynamic_axes for bounds in self.profiles[profile].values())
+        if dynamic and not self.shares_profiles and self._in_use.get(profile):
+            major, minor = version(self._trt)
+            raise EngineError(
+                f"TensorRT {major}.{minor} runs one execution a profile of dynamic shapes, and profile {profile} has one",
+                "Build with one shape, or with the profile repeated under 'profiles'; TensorRT 8.6 and newer share it.",
+            )
+        self._in_use[profile] = self._in_use.get(profile, 0) + 1
+
+    def give_profile_back(self, profile: int) -> None:
+        """Note that an execution has ended."""
+        self._in_use[profile] -= 1
+
     def _misfit(self, shapes: Mapping[str, Shape]) -> tuple[str, Shape, str]:
         profile = self.profiles[0]
         wrong = next((n for n, shape in shapes.items() if not profile[n].admits(tuple(shape))), next(iter(shapes)))
@@ -244,9 +264,10 @@ class Execution:
     def __init__(self, engine: LoadedEngine, shapes: Mapping[str, Shape], options: ExecutionOptions) -> None:
         self._engine = engine
         profile = engine.profile_for(shapes) if options.profile is None else options.profile
+        engine.take_profile(profile)
+        self._profile = profile
         self.stream = Stream(engine.device)
         self._context: Any = engine._context()
-        self._profile = profile
         self._buffers: dict[str, DeviceBuffer] = {}
         self._scratch: DeviceBuffer | None = None
         self.inputs: dict[str, Array] = {}
@@ -264,11 +285,8 @@ class Execution:
         dynamic = any(bounds.dynamic_axes for bounds in engine.profiles[self._profile].values())
         if (dynamic or len(engine.profiles) > 1) and context.active_optimization_profile != self._profile:
             if not context.set_optimization_profile_async(self._profile, self.stream.handle):
-                major, minor = version(engine._trt)
                 raise EngineError(
-                    f"profile {self._profile} is in use by another execution: {engine._last_words()}",
-                    f"TensorRT {major}.{minor} runs one execution a profile: build the engine with the shapes "
-                    "repeated under profiles, or use one stream.",
+                    f"profile {self._profile} cannot be used: {engine._last_words()}", "Run with --debug for more."
                 )
             self.stream.synchronize()
         for name, shape in shapes.items():
@@ -409,6 +427,7 @@ class Execution:
             return
         with contextlib.suppress(Exception):
             self.stream.synchronize()
+        self._engine.give_profile_back(self._profile)
         for buffer in (*self._buffers.values(), self._scratch):
             if buffer is not None:
                 buffer.free()
