@@ -373,9 +373,10 @@ def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]
 
 
 def kernel_shapes_stated(model: onnx.ModelProto) -> None:
-    """State the kernel's size of convolutions that leave it to their weights: TensorRT wants it where weights have Q/DQ."""
+    """State the size of kernels that only the weights tell: TensorRT asks for it where weights have Q/DQ."""
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 1 and node.input[1] in weights:
-            if not any(attribute.name == "kernel_shape" for attribute in node.attribute):
-                node.attribute.append(helper.make_attribute("kernel_shape", list(weights[node.input[1]][2:])))
+        if node.op_type not in ("Conv", "ConvTranspose") or node.input[1] not in weights:
+            continue
+        if not any(attribute.name == "kernel_shape" for attribute in node.attribute):
+            node.attribute.append(helper.make_attribute("kernel_shape", list(weights[node.input[1]][2:])))

@@ -183,7 +183,7 @@ class LoadedEngine:
         if dynamic and not self.shares_profiles and self._in_use.get(profile):
             major, minor = version(self._trt)
             raise EngineError(
-                f"TensorRT {major}.{minor} runs one execution a profile of dynamic shapes, and profile {profile} has one",
+                f"TensorRT {major}.{minor} runs one execution a profile of dynamic shapes; profile {profile} has one",
                 "Build with one shape, or with the profile repeated under 'profiles'; TensorRT 8.6 and newer share it.",
             )
         self._in_use[profile] = self._in_use.get(profile, 0) + 1
