@@ -129,7 +129,7 @@ class Cache:
     def clear(self) -> int:
         """Delete every entry and document; gives the number of entries deleted."""
         count = len(list((self.folder / "entries").glob("*")))
-        for name in ("entries", "last", "sources", "journals", "scratch"):
+        for name in ("entries", "last", "sources", "journals", "scratch", "timing"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return count
 

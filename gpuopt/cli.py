@@ -238,6 +238,43 @@ def compile(  # noqa: A001 - the command's name
         float | None, typer.Option("--min-cosine", help="Accuracy limit. [default: by precision]")
     ] = None,
     opset: OpsetOption = None,
+    workspace: Annotated[
+        str | None,
+        typer.Option("--workspace", metavar="SIZE", help="Limit of the engine's scratch memory, as 4GiB."),
+    ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            "--optimization-level", help="0 builds fast, 5 makes the fastest engine. [default: the builder's]"
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            help="Timings of kernels, read and added to. [default: one per TensorRT and GPU in the cache]",
+        ),
+    ] = None,
+    require_timing_cache: Annotated[
+        bool, typer.Option("--require-timing-cache", help="Fail where no fitting timing cache is there, for CI.")
+    ] = False,
+    tactic_sources: Annotated[
+        list[str] | None,
+        typer.Option("--tactic-sources", metavar="NAME,...", help="Where kernels come from. [default: TensorRT's]"),
+    ] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin", metavar="FILE", help="Shared library with TensorRT plugins, repeatable; it runs code."
+        ),
+    ] = None,
+    io_formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--io-format", metavar="NAME=DTYPE:FORMAT", help="Of an input or output, as image=fp16:hwc8; repeatable."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
@@ -281,6 +318,13 @@ def compile(  # noqa: A001 - the command's name
         metric=metric,
         evaluation_data=evaluation_data,
         labels=labels,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        require_timing_cache=require_timing_cache,
+        tactic_sources=tuple(tactic_sources or ()),
+        plugins=tuple(plugins or ()),
+        io_formats=tuple(io_formats or ()),
     )
     chosen = request.recipe(recipe, flags, settings or [])
     if dry_run:

@@ -309,8 +309,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
             files["calibration.ranges.json"] = ranges.path / "ranges.json"
         for result in runner.results:
             if result.step.stage.name == "build":
-                name = result.entry.facts["file"]
-                files[name] = result.entry.artifacts["engine"].path / name
+                files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
     documents = {
         "recipe.yaml": recipe.to_yaml(),
         bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",

@@ -145,7 +145,7 @@ STAGES = (
     Stage("cast", ("onnx", "engine_onnx?"), ("onnx", "engine_onnx"), ("cast",), _ORT, applies=_has_fp16),
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
-        ("build", "precision", "cast.remainder"),
+        ("build", "precision", "cast"),
         ("tensorrt", "tensorrt-rtx-cu13"), per_target=True,
     ),
     Stage(
@@ -274,6 +274,7 @@ class Runner:
             samples=self._data(step.stage)[1],
             target=step.target,
             journal=self.cache.journal(parts) if parts is not None else None,
+            cache_folder=self.cache.folder,
         )
 
     def _inputs(self, stage: Stage) -> dict[str, Artifact]:
@@ -302,6 +303,7 @@ class Runner:
         parts = {"stage": stage.name, "gpuopt": _own_version()}
         if step.target:
             parts["target"] = step.target
+            parts.update(_build_machine(step.target, self.recipe))
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
         for kind, artifact in self._inputs(stage).items():
@@ -422,6 +424,18 @@ class Runner:
             return None
         with storage_errors("read", Path(data)):
             return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
+
+
+def _build_machine(target: str, recipe: Recipe) -> dict[str, str]:
+    """What an engine depends on beside the recipe: the GPU that TensorRT times kernels on, and plugin libraries."""
+    parts = {}
+    if target == "tensorrt":
+        for gpu in environment.gpus()[:1]:
+            parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
+    for plugin in map(Path, recipe.build.plugins):
+        if plugin.is_file():
+            parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)
+    return parts
 
 
 def _runs_user_code(model: ModelSection) -> bool:

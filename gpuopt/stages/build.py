@@ -1,46 +1,154 @@
-"""A serialized engine for one target."""
+"""A serialized engine for one target, with the record that says what it is."""
 
 from __future__ import annotations
 
-from gpuopt import reference
+import fnmatch
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpuopt import engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.tensorrt import builder
+from gpuopt.backends.tensorrt import builder, timing_cache
+from gpuopt.backends.tensorrt.builder import BuiltEngine
+from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.engine_record import EngineRecord, TensorRecord
+from gpuopt.environment import Gpu
+from gpuopt.reference import Reference
+from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
+from gpuopt.storage import sha256_file, write_bytes
 
 ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Make `engine` for `context.target` from the deployed ONNX and the profiles.
+    """Make `engine` for `context.target` from the deployed ONNX and the profiles: the plan, and its record beside it.
 
     Raises:
         RequirementError: the target's library, driver or GPU is missing.
+        UsageError: an option that this release does not have.
         BuildError: the library refuses the graph.
     """
-    settings = context.recipe.build
     stored = reference.load(context.folder("reference"))
-    options = BuildOptions(
-        compute_capabilities=settings.compute_capability,
-        optimization_level=settings.optimization_level,
-        workspace_bytes=settings.workspace,
-    )
     onnx_path = context.engine_graph() / ONNX_FILE
+    gpu = next(iter(environment.gpus()), None)
+    options = build_options(context, onnx_path, gpu)
     built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
-    path.write_bytes(built.plan)
+    write_bytes(path, built.plan)
+    record = _record(path, context, built, stored, gpu)
+    engine_record.write(path, record)
     facts = {
         "target": context.target,
         "file": path.name,
         "library_version": built.version,
         "size_bytes": len(built.plan),
-        "compute_capabilities": _capabilities(context.target, settings.compute_capability),
+        "compute_capabilities": list(record.compute_capabilities) or ["8.0 and newer"],
+        "gpu": record.gpu,
+        "driver_version": record.driver_version,
+        "options": built.applied,
+        "timing_cache": _timing_facts(built.timing_cache),
+        "repairs": list(built.repairs),
+        "build_seconds": round(built.seconds, 3),
         "builder_messages": list(built.messages),
     }
-    return StageOutcome(facts)
+    return StageOutcome(facts, built.warnings)
 
 
-def _capabilities(target: str, chosen: tuple[str, ...]) -> list[str]:
-    if target == "tensorrt":
-        return ["this machine's GPU"]
-    return list(chosen) or ["8.0 and newer"]
+def build_options(context: StageContext, onnx_path: Path, gpu: Gpu | None) -> BuildOptions:
+    """What the recipe tells the builder.
+
+    Raises:
+        RequirementError: the target's library is missing.
+    """
+    recipe, settings = context.recipe, context.recipe.build
+    return BuildOptions(
+        precision=recipe.precision,
+        fp16_remainder=recipe.cast.remainder == "fp16",
+        fp32_nodes=_kept_in_fp32(context, onnx_path),
+        compute_capabilities=settings.compute_capability,
+        optimization_level=settings.optimization_level,
+        workspace_bytes=settings.workspace,
+        timing_cache=_timing_cache_file(context, gpu),
+        require_timing_cache=settings.require_timing_cache,
+        tactic_sources=settings.tactic_sources,
+        auxiliary_streams=settings.auxiliary_streams,
+        timing_iterations=settings.timing_iterations,
+        version_compatible=settings.version_compatible,
+        hardware_compatibility=settings.hardware_compatibility,
+        refit=settings.refit,
+        strip_weights=settings.strip_weights,
+        weight_streaming=settings.weight_streaming,
+        plugins=tuple(Path(name) for name in settings.plugins),
+        dla_core=settings.dla_core,
+        sparsity=settings.sparsity,
+        io_formats=tuple(settings.io_formats.items()),
+        repairs=settings.repairs,
+    )
+
+
+def _timing_cache_file(context: StageContext, gpu: Gpu | None) -> Path | None:
+    """The recipe's file, else one in gpuopt's cache for this release and GPU."""
+    named = context.recipe.build.timing_cache
+    if named is not None:
+        return Path(named)
+    if context.target == "tensorrt-rtx" or context.cache_folder is None or gpu is None:
+        return None
+    version = str(import_module(context.target).__version__)
+    return context.cache_folder / "timing" / timing_cache.file_name(context.target, version, gpu)
+
+
+def _kept_in_fp32(context: StageContext, onnx_path: Path) -> tuple[str, ...]:
+    """Names of the nodes that `cast` keeps in FP32; in a strongly typed network the graph says so already."""
+    cast = context.recipe.cast
+    if context.target == "tensorrt-rtx" or not (cast.nodes_to_keep or cast.op_types_to_keep):
+        return ()
+    import onnx
+
+    return tuple(
+        node.name
+        for node in onnx.load(str(onnx_path), load_external_data=False).graph.node
+        if node.op_type in cast.op_types_to_keep or any(fnmatch.fnmatchcase(node.name, p) for p in cast.nodes_to_keep)
+    )
+
+
+def _record(path: Path, context: StageContext, built: BuiltEngine, stored: Reference, gpu: Gpu | None) -> EngineRecord:
+    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[TensorRecord, ...]:
+        return tuple(
+            TensorRecord(name=spec.name, dtype=built.io_dtypes.get(spec.name, spec.dtype), shape=spec.shape)
+            for spec in specs
+        )
+
+    settings = context.recipe.build
+    return EngineRecord(
+        file=path.name,
+        sha256=sha256_file(path),
+        size_bytes=len(built.plan),
+        target="tensorrt" if context.target == "tensorrt" else "tensorrt-rtx",
+        library_version=built.version,
+        version_compatible=settings.version_compatible,
+        compute_capabilities=_capabilities(context, gpu),
+        hardware_compatibility=settings.hardware_compatibility,
+        gpu=gpu.name if gpu else "",
+        driver_version=gpu.driver_version if gpu else "",
+        precision=context.recipe.precision,
+        inputs=tensors(stored.inputs),
+        outputs=tensors(stored.outputs),
+        profiles=engine_record.profile_records(stored.profiles),
+        plugins=tuple(Path(name).name for name in settings.plugins),
+    )
+
+
+def _capabilities(context: StageContext, gpu: Gpu | None) -> tuple[str, ...]:
+    """Those that the engine runs on; empty: 8.0 and newer."""
+    here = (gpu.compute_capability,) if gpu else ()
+    if context.target == "tensorrt":
+        return () if context.recipe.build.hardware_compatibility == "ampere+" else here
+    chosen = context.recipe.build.compute_capability
+    return tuple(dict.fromkeys(c for text in chosen for c in (here if text == "current" else (text,))))
+
+
+def _timing_facts(use: timing_cache.TimingCacheUse | None) -> dict[str, Any] | None:
+    return {**asdict(use), "file": str(use.file)} if use else None
