@@ -258,27 +258,41 @@ def compile(  # noqa: A001 - the command's name
     ] = None,
     opset: OpsetOption = None,
     workspace: Annotated[
-        str | None, typer.Option("--workspace", metavar="SIZE", help="The builder's scratch memory, as 4GiB.")
+        str | None,
+        typer.Option("--workspace", metavar="SIZE", help="Limit of the engine's scratch memory, as 4GiB."),
     ] = None,
     optimization_level: Annotated[
-        int | None, typer.Option("--optimization-level", min=0, max=5, help="0 builds fast, 5 makes fast engines.")
+        int | None,
+        typer.Option(
+            "--optimization-level", help="0 builds fast, 5 makes the fastest engine. [default: the builder's]"
+        ),
     ] = None,
     timing_cache: Annotated[
-        Path | None,
-        typer.Option("--timing-cache", metavar="FILE", help="[default: one for each TensorRT and GPU in the cache]"),
+        str | None,
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            help="Timings of kernels, read and added to. [default: one per TensorRT and GPU in the cache]",
+        ),
     ] = None,
     require_timing_cache: Annotated[
-        bool, typer.Option("--require-timing-cache", help="Fail where no fitting timing cache is there.")
+        bool, typer.Option("--require-timing-cache", help="Fail where no fitting timing cache is there, for CI.")
     ] = False,
     tactic_sources: Annotated[
-        list[str] | None, typer.Option("--tactic-sources", metavar="NAME", help="TensorRT's names; repeatable.")
+        list[str] | None,
+        typer.Option("--tactic-sources", metavar="NAME,...", help="Where kernels come from. [default: TensorRT's]"),
     ] = None,
     plugins: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="Library with plugins; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--plugin", metavar="FILE", help="Shared library with TensorRT plugins, repeatable; it runs code."
+        ),
     ] = None,
     io_formats: Annotated[
         list[str] | None,
-        typer.Option("--io-format", metavar="NAME=DTYPE:FORMAT", help="As in image=fp16:hwc8; repeatable."),
+        typer.Option(
+            "--io-format", metavar="NAME=DTYPE:FORMAT", help="Of an input or output, as image=fp16:hwc8; repeatable."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
@@ -321,6 +335,11 @@ def compile(  # noqa: A001 - the command's name
         quantizer=_value(quantizer),
         min_cosine=min_cosine,
         min_precision_coverage=min_precision_coverage,
+        opset=opset,
+        max_accuracy_drop=max_accuracy_drop,
+        metric=metric,
+        evaluation_data=evaluation_data,
+        labels=labels,
         workspace=workspace,
         optimization_level=optimization_level,
         timing_cache=timing_cache,
@@ -328,11 +347,6 @@ def compile(  # noqa: A001 - the command's name
         tactic_sources=tuple(tactic_sources or ()),
         plugins=tuple(plugins or ()),
         io_formats=tuple(io_formats or ()),
-        opset=opset,
-        max_accuracy_drop=max_accuracy_drop,
-        metric=metric,
-        evaluation_data=evaluation_data,
-        labels=labels,
     )
     chosen = request.recipe(recipe, flags, settings or [])
     if dry_run:

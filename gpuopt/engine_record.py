@@ -52,7 +52,8 @@ class EngineRecord(_Part):
         driver_version: the CUDA version that the driver supported, as `12.4`; empty without a GPU.
         precision: what was asked for.
         tf32: whether FP32 products may have TF32's ten bits of mantissa.
-        outputs: their shapes are those of the reference, dynamic dimensions by name.
+        inputs, outputs: dtypes are the engine's; shapes are those of the reference, dynamic dimensions by name.
+        plugins: file names of the libraries that have to be loaded before it.
     """
 
     record_version: Literal[1] = 1
@@ -71,6 +72,7 @@ class EngineRecord(_Part):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     profiles: tuple[dict[str, RangeRecord], ...]
+    plugins: tuple[str, ...] = ()
 
     def shape_profiles(self) -> tuple[Profile, ...]:
         """The optimisation profiles."""

@@ -47,14 +47,16 @@ class Gpu:
     """One CUDA device.
 
     Attributes:
-        driver_version: the newest CUDA version that the driver supports, as `13.0`.
-        memory_bytes: of the whole device.
+        name: as `NVIDIA H100 80GB HBM3`.
+        compute_capability: as `9.0`.
+        driver_version: the CUDA version that the driver supports, as `13.0`.
+        total_bytes: its memory.
     """
 
     name: str
     compute_capability: str
     driver_version: str = ""
-    memory_bytes: int = 0
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ def gpus() -> list[Gpu]:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
-    count, version = ctypes.c_int(), ctypes.c_int()
+    count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    supported = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    supported = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(supported))
+    # 1000 * major + 10 * minor, as the CUDA driver API has it.
+    driver_version = f"{supported.value // 1000}.{supported.value % 1000 // 10}"
     found = []
     for index in range(count.value):
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
@@ -119,8 +123,29 @@ def gpus() -> list[Gpu]:
         memory = ctypes.c_size_t()
         driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
         capability = f"{major.value}.{minor.value}"
-        found.append(Gpu(name.value.decode(errors="replace"), capability, supported, memory.value))
+        found.append(Gpu(name.value.decode(errors="replace"), capability, driver_version, memory.value))
     return found
+
+
+def free_gpu_memory(index: int = 0) -> int | None:
+    """Bytes free on a GPU; None without one. Uses its primary context, which is created where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+        return None
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) != 0:
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        driver.cuCtxPushCurrent_v2(context)
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    return None if failed else free.value
 
 
 def target_states() -> list[TargetState]:

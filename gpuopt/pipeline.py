@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,9 +89,6 @@ def _changes_after_budget(recipe: Recipe) -> bool:
     return _has_budget(recipe) and _corrects_biases(recipe)
 
 
-TIMING_CACHES = "timing-caches"
-"""A folder beside the stage cache's entries."""
-
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
 # What decides where Q/DQ go; equalisation and bias correction are stages of their own.
@@ -159,15 +155,14 @@ STAGES = (
     ),
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
-        ("build", "precision", "cast.remainder"),
+        ("build", "precision", "cast"),
         ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not _is_native(recipe),
         per_target=True,
     ),
     # TensorRT calibrates while it builds: here the data decides the engine.
     Stage(
         "build", ("onnx", "reference"), ("engine",),
-        ("build", "precision", "cast.remainder", "quantize.quantizer", "calibrate.method", "calibrate.samples",
-         *_SAMPLES),
+        ("build", "precision", "cast", "quantize.quantizer", "calibrate.method", "calibrate.samples", *_SAMPLES),
         ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and _is_native(recipe), sources=("data",),
         per_target=True,
     ),
@@ -313,7 +308,7 @@ class Runner:
             samples=self._data(step.stage)[1],
             target=step.target,
             journal=self.cache.journal(parts) if parts is not None else None,
-            timing_cache=self._timing_cache(step),
+            cache_folder=self.cache.folder,
         )
 
     def _inputs(self, step: Step) -> dict[str, Artifact]:
@@ -329,14 +324,6 @@ class Runner:
                 raise GpuoptError(f"stage {step.stage.name} needs '{kind}', which no earlier stage made")
         return found
 
-    def _timing_cache(self, step: Step) -> Path | None:
-        """Where TensorRT's timings are kept: they hold for one release and one kind of GPU."""
-        devices, version = environment.gpus(), environment.tensorrt_version()
-        if step.stage.name != "build" or step.target != "tensorrt" or not devices or version is None:
-            return None
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{version[0]}.{version[1]} {devices[0].name}")
-        return self.cache.folder / TIMING_CACHES / f"tensorrt-{name}.cache"
-
     def _tell(self, result: StepResult) -> None:
         entry = result.entry
         took = "cached" if result.cached else f"{entry.seconds:.1f} s"
@@ -351,10 +338,7 @@ class Runner:
         parts = {"stage": stage.name, "gpuopt": own_version()}
         if step.target:
             parts["target"] = step.target
-        if step.target == "tensorrt":
-            parts["gpu"] = ", ".join(
-                f"{g.name} {g.compute_capability} CUDA {g.driver_version}" for g in environment.gpus()
-            )
+            parts.update(_build_machine(step.target, self.recipe))
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
         for kind, artifact in self._inputs(step).items():
@@ -366,10 +350,6 @@ class Runner:
             if fingerprint is None:
                 return None
             parts["input.model"] = fingerprint
-        if stage.name == "build":
-            for plugin in map(Path, self.recipe.build.plugins):
-                with storage_errors("read", plugin):
-                    parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)
         if stage.name == "calibrate" and self.recipe.calibrate.ranges:
             ranges = Path(self.recipe.calibrate.ranges)
             with storage_errors("read", ranges):
@@ -479,6 +459,18 @@ class Runner:
             return None
         with storage_errors("read", Path(data)):
             return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
+
+
+def _build_machine(target: str, recipe: Recipe) -> dict[str, str]:
+    """What an engine depends on beside the recipe: the GPU that TensorRT times kernels on, and plugin libraries."""
+    parts = {}
+    if target == "tensorrt":
+        for gpu in environment.gpus()[:1]:
+            parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
+    for plugin in map(Path, recipe.build.plugins):
+        if plugin.is_file():
+            parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)
+    return parts
 
 
 def _runs_user_code(model: ModelSection) -> bool:

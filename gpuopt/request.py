@@ -46,13 +46,6 @@ class Flags:
     random_calibration: bool = False
     quant_format: str | None = None
     quantizer: str | None = None
-    workspace: str | None = None
-    optimization_level: int | None = None
-    timing_cache: Path | None = None
-    require_timing_cache: bool = False
-    tactic_sources: tuple[str, ...] = ()
-    plugins: tuple[Path, ...] = ()
-    io_formats: tuple[str, ...] = ()
     min_precision_coverage: str | None = None
     nodes_to_exclude: tuple[str, ...] = ()
     op_types_to_exclude: tuple[str, ...] = ()
@@ -65,6 +58,13 @@ class Flags:
     evaluation_data: str | None = None
     labels: str | None = None
     analyze_samples: int | None = None
+    workspace: str | None = None
+    optimization_level: int | None = None
+    timing_cache: str | None = None
+    require_timing_cache: bool = False
+    tactic_sources: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    io_formats: tuple[str, ...] = ()
 
 
 def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
@@ -92,13 +92,6 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "calibrate.random": flags.random_calibration or None,
         "quantize.format": flags.quant_format,
         "quantize.quantizer": flags.quantizer,
-        "build.workspace": flags.workspace,
-        "build.optimization_level": flags.optimization_level,
-        "build.timing_cache": str(flags.timing_cache) if flags.timing_cache else None,
-        "build.require_timing_cache": flags.require_timing_cache or None,
-        "build.tactic_sources": list(flags.tactic_sources) or None,
-        "build.plugins": [str(path) for path in flags.plugins] or None,
-        "build.io_formats": _pairs(flags.io_formats) or None,
         "verify.min_precision_coverage": flags.min_precision_coverage,
         "quantize.nodes_to_exclude": list(flags.nodes_to_exclude) or None,
         "quantize.op_types_to_exclude": list(flags.op_types_to_exclude) or None,
@@ -111,6 +104,13 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "accuracy.data": flags.evaluation_data,
         "accuracy.labels": flags.labels,
         "analyze.samples": flags.analyze_samples,
+        "build.workspace": flags.workspace,
+        "build.optimization_level": flags.optimization_level,
+        "build.timing_cache": flags.timing_cache,
+        "build.require_timing_cache": flags.require_timing_cache or None,
+        "build.tactic_sources": _tactic_sources(flags.tactic_sources) or None,
+        "build.plugins": list(flags.plugins) or None,
+        "build.io_formats": _io_formats(flags.io_formats) or None,
     }
     if flags.model is not None:
         is_factory = not Path(flags.model).exists() and FACTORY_PATTERN.match(flags.model)
@@ -128,16 +128,6 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
     if not tree.get("model"):
         raise UsageError("no model is given", "Name a model file, package.module:factory, or a recipe with --recipe.")
     return resolve(tree)
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.rpartition("=")
-        if not equals or not name:
-            raise UsageError(f"'{text}' names no tensor", "Write NAME=DTYPE:FORMAT, as in image=fp16:hwc8.")
-        pairs[name] = value
-    return pairs
 
 
 def describe(chosen: Recipe, as_json: bool) -> str:
@@ -220,6 +210,24 @@ def cache_state(folder: Path | None, clear: bool, as_json: bool) -> str:
     from gpuopt.report.markdown import format_bytes
 
     return f"{store.folder}: {entries} entries, {format_bytes(size)}\n"
+
+
+def _tactic_sources(texts: Sequence[str]) -> list[str]:
+    return [name.strip() for text in texts for name in text.split(",")]
+
+
+def _io_formats(texts: Sequence[str]) -> dict[str, str]:
+    formats: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if not equals or not name or not value:
+            raise UsageError(
+                f"--io-format {text}: no format", "Write NAME=DTYPE:FORMAT, as in --io-format image=fp16:hwc8."
+            )
+        if name in formats:
+            raise UsageError(f"'{name}' has two formats", "Give --io-format once for each input or output.")
+        formats[name] = value
+    return formats
 
 
 def _inputs(flags: Flags) -> dict[str, dict[str, Any]]:

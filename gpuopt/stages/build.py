@@ -1,9 +1,10 @@
-"""A serialized engine for one target, and the record that says what it is."""
+"""A serialized engine for one target, with the record that says what it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import numpy as np
 
 from gpuopt import engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
-from gpuopt.backends.tensorrt import builder
+from gpuopt.backends.tensorrt import builder, timing_cache
+from gpuopt.backends.tensorrt.builder import BuiltEngine
+from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.engine_record import EngineRecord, TensorRecord
-from gpuopt.errors import DataError
-from gpuopt.recipe import Recipe
+from gpuopt.environment import Gpu
 from gpuopt.reference import Array, Reference
+from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
-from gpuopt.storage import sha256_file
+from gpuopt.storage import sha256_file, write_bytes
 
 ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}
 
@@ -28,38 +31,48 @@ CALIBRATION_CACHE_FILE = "model.tensorrt.calibration"
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Make `engine` for `context.target` from the deployed ONNX and the profiles.
+    """Make `engine` for `context.target` from the deployed ONNX and the profiles: the plan, and its record beside it.
 
     Raises:
         RequirementError: the target's library, driver or GPU is missing.
-        UsageError: an option that the library does not have.
+        UsageError: an option that this release does not have.
         BuildError: the library refuses the graph.
     """
     stored = reference.load(context.folder("reference"))
-    options = build_options(context.recipe, context.target, context.timing_cache)
-    native = context.recipe.precision == "int8" and context.recipe.quantize.quantizer == "tensorrt"
+    onnx_path = context.engine_graph() / ONNX_FILE
+    gpu = next(iter(environment.gpus()), None)
+    options = build_options(context, onnx_path, gpu)
+    native = recipe_is_native(context)
     if native:
         options = replace(options, calibration=_native_calibration(context, stored))
-    onnx_path = context.engine_graph() / ONNX_FILE
     built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
-    path.write_bytes(built.plan)
-    record = record_of(path, context.target, built.version, options, stored, context.recipe.precision)
+    write_bytes(path, built.plan)
+    record = _record(path, context, built, stored, gpu)
     engine_record.write(path, record)
-    if native:
-        (path.parent / CALIBRATION_CACHE_FILE).write_bytes(built.calibration_cache)
-    facts: dict[str, Any] = {
+    if native and built.calibration_cache:
+        write_bytes(path.parent / CALIBRATION_CACHE_FILE, built.calibration_cache)
+    facts = {
         "target": context.target,
         "file": path.name,
         "library_version": built.version,
         "size_bytes": len(built.plan),
         "compute_capabilities": list(record.compute_capabilities) or ["8.0 and newer"],
         "gpu": record.gpu,
+        "driver_version": record.driver_version,
         "options": built.applied,
-        "quantizer": "tensorrt" if native else "gpuopt",
+        "quantizer": context.recipe.quantize.quantizer,
+        "timing_cache": _timing_facts(built.timing_cache),
+        "repairs": list(built.repairs),
+        "build_seconds": round(built.seconds, 3),
         "builder_messages": list(built.messages),
     }
     return StageOutcome(facts, built.warnings)
+
+
+def recipe_is_native(context: StageContext) -> bool:
+    """Whether TensorRT's own calibrator quantizes."""
+    return context.recipe.precision == "int8" and context.recipe.quantize.quantizer == "tensorrt"
 
 
 def _native_calibration(context: StageContext, stored: Reference) -> NativeCalibration:
@@ -69,48 +82,38 @@ def _native_calibration(context: StageContext, stored: Reference) -> NativeCalib
 
     def batches() -> Iterator[Mapping[str, Array]]:
         waiting: list[Mapping[str, Array]] = []
-        given = 0
         for feed in open_for_model(context, stored.inputs):
             waiting.append(feed)
             if sum(len(next(iter(one.values()))) for one in waiting) >= batch:
-                yield _joined(waiting, batch)
-                given += 1
+                # Samples that fill no whole batch at the end are left out: the calibrator takes batches of one shape.
+                yield {name: np.concatenate([one[name] for one in waiting])[:batch] for name in waiting[0]}
                 waiting = []
-        if not given:
-            raise DataError(
-                f"there are fewer calibration samples than one batch of {batch}",
-                "Give more samples, or a smaller --opt-shapes.",
-            )
 
-    return NativeCalibration("minmax" if asked == "minmax" else "entropy", batches)
+    return NativeCalibration("minmax" if asked == "minmax" else "entropy", batches, batch)
 
 
-def _joined(feeds: Sequence[Mapping[str, Array]], batch: int) -> dict[str, Array]:
-    return {name: np.concatenate([feed[name] for feed in feeds])[:batch] for name in feeds[0]}
+def build_options(context: StageContext, onnx_path: Path, gpu: Gpu | None) -> BuildOptions:
+    """What the recipe tells the builder.
 
-
-def build_options(recipe: Recipe, target: str, timing_cache: Path | None) -> BuildOptions:
-    """The recipe's build section for one target.
-
-    Args:
-        timing_cache: the file that is used where the recipe names none.
+    Raises:
+        RequirementError: the target's library is missing.
     """
-    settings = recipe.build
-    is_int8 = recipe.precision == "int8"
-    named = Path(settings.timing_cache) if settings.timing_cache else timing_cache
+    recipe, settings = context.recipe, context.recipe.build
     return BuildOptions(
-        int8=is_int8,
-        fp16=recipe.precision == "fp16" or (is_int8 and recipe.cast.remainder == "fp16"),
+        precision=recipe.built_precision,
+        tf32=settings.tf32,
+        fp16_remainder=recipe.cast.remainder == "fp16",
+        fp32_nodes=_kept_in_fp32(context, onnx_path),
         compute_capabilities=settings.compute_capability,
         optimization_level=settings.optimization_level,
         workspace_bytes=settings.workspace,
-        timing_cache=named if target == "tensorrt" else None,
-        require_timing_cache=settings.require_timing_cache and target == "tensorrt",
-        tactic_sources=settings.tactic_sources if target == "tensorrt" else (),
+        timing_cache=_timing_cache_file(context, gpu),
+        require_timing_cache=settings.require_timing_cache,
+        tactic_sources=settings.tactic_sources,
         auxiliary_streams=settings.auxiliary_streams,
         timing_iterations=settings.timing_iterations,
         version_compatible=settings.version_compatible,
-        hardware_compatibility=settings.hardware_compatibility if target == "tensorrt" else "none",
+        hardware_compatibility=settings.hardware_compatibility,
         refit=settings.refit,
         strip_weights=settings.strip_weights,
         weight_streaming=settings.weight_streaming,
@@ -118,28 +121,71 @@ def build_options(recipe: Recipe, target: str, timing_cache: Path | None) -> Bui
         dla_core=settings.dla_core,
         sparsity=settings.sparsity,
         io_formats=tuple(settings.io_formats.items()),
+        repairs=settings.repairs,
     )
 
 
-def record_of(
-    path: Path, target: str, version: str, options: BuildOptions, stored: Reference, precision: str
-) -> EngineRecord:
-    """The record of an engine that was built here."""
-    devices = environment.gpus()
-    gpu = devices[0] if devices and target == "tensorrt" else None
+def _timing_cache_file(context: StageContext, gpu: Gpu | None) -> Path | None:
+    """The recipe's file, else one in gpuopt's cache for this release and GPU."""
+    named = context.recipe.build.timing_cache
+    if named is not None:
+        return Path(named)
+    if context.target == "tensorrt-rtx" or context.cache_folder is None or gpu is None:
+        return None
+    version = str(import_module(context.target).__version__)
+    return context.cache_folder / "timing" / timing_cache.file_name(context.target, version, gpu)
+
+
+def _kept_in_fp32(context: StageContext, onnx_path: Path) -> tuple[str, ...]:
+    """Names of the nodes that `cast` keeps in FP32; in a strongly typed network the graph says so already."""
+    cast = context.recipe.cast
+    if context.target == "tensorrt-rtx" or not (cast.nodes_to_keep or cast.op_types_to_keep):
+        return ()
+    import onnx
+
+    return tuple(
+        node.name
+        for node in onnx.load(str(onnx_path), load_external_data=False).graph.node
+        if node.op_type in cast.op_types_to_keep or any(fnmatch.fnmatchcase(node.name, p) for p in cast.nodes_to_keep)
+    )
+
+
+def _record(path: Path, context: StageContext, built: BuiltEngine, stored: Reference, gpu: Gpu | None) -> EngineRecord:
+    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[TensorRecord, ...]:
+        return tuple(
+            TensorRecord(name=spec.name, dtype=built.io_dtypes.get(spec.name, spec.dtype), shape=spec.shape)
+            for spec in specs
+        )
+
+    settings = context.recipe.build
     return EngineRecord(
         file=path.name,
         sha256=sha256_file(path),
-        size_bytes=path.stat().st_size,
-        target=target,
-        library_version=version,
-        version_compatible=options.version_compatible,
-        compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
-        hardware_compatibility=options.hardware_compatibility,
+        size_bytes=len(built.plan),
+        target="tensorrt" if context.target == "tensorrt" else "tensorrt-rtx",
+        library_version=built.version,
+        version_compatible=settings.version_compatible,
+        compute_capabilities=_capabilities(context, gpu),
+        hardware_compatibility=settings.hardware_compatibility,
         gpu=gpu.name if gpu else "",
         driver_version=gpu.driver_version if gpu else "",
-        precision=precision,
-        inputs=tuple(TensorRecord(name=t.name, dtype=t.dtype, shape=t.shape) for t in stored.inputs),
-        outputs=tuple(TensorRecord(name=t.name, dtype=t.dtype, shape=t.shape) for t in stored.outputs),
+        precision=context.recipe.precision,
+        tf32=settings.tf32,
+        inputs=tensors(stored.inputs),
+        outputs=tensors(stored.outputs),
         profiles=engine_record.profile_records(stored.profiles),
+        plugins=tuple(Path(name).name for name in settings.plugins),
     )
+
+
+def _capabilities(context: StageContext, gpu: Gpu | None) -> tuple[str, ...]:
+    """Those that the engine runs on; empty: 8.0 and newer."""
+    here = (gpu.compute_capability,) if gpu else ()
+    if context.target == "tensorrt":
+        return () if context.recipe.build.hardware_compatibility == "ampere+" else here
+    chosen = context.recipe.build.compute_capability
+    return tuple(dict.fromkeys(c for text in chosen for c in (here if text == "current" else (text,))))
+
+
+def _timing_facts(use: timing_cache.TimingCacheUse | None) -> dict[str, Any] | None:
+    return {**asdict(use), "file": str(use.file)} if use else None

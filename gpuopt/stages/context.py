@@ -24,7 +24,7 @@ class StageContext:
         samples: how many samples of `data` to read at most; None: all.
         target: the backend an engine is for; empty outside `build`.
         progress: the listener.
-        timing_cache: file in which TensorRT keeps timings where the recipe names none; None where it has none.
+        cache_folder: where a stage may keep files for later runs, of a form of its own; None: nowhere.
         journal: where a long stage may note what it has finished; None where that cannot be found again.
     """
 
@@ -36,7 +36,7 @@ class StageContext:
     samples: int | None = None
     target: str = ""
     journal: Path | None = None
-    timing_cache: Path | None = None
+    cache_folder: Path | None = None
 
     def folder(self, kind: str) -> Path:
         """Where an earlier stage's artifact lies."""

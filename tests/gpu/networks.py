@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from gpuopt import engine_record
+from gpuopt import engine_record, environment
 from gpuopt.backends.tensorrt.builder import BuiltEngine, build
 from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.engine_record import EngineRecord, TensorRecord
 from gpuopt.progress import Silent
-from gpuopt.reference import Reference
-from gpuopt.shapes import Profile, ShapeRange, TensorSpec
-from gpuopt.stages.build import record_of
+from gpuopt.shapes import Profile, ShapeRange
 
 CHANNELS = 32
 CLASSES = 10
@@ -75,9 +75,22 @@ def build_engine(
     built = build("tensorrt", onnx_path, profiles, options, Silent())
     path = folder / f"{name}.engine"
     path.write_bytes(built.plan)
-    stored = Reference(
-        folder, "ONNX", (TensorSpec("image", "float32", ("batch", 3, 32, 32)),),
-        (TensorSpec("logits", "float32", ("batch", CLASSES)),), profiles, (), (),
-    )  # fmt: skip
-    engine_record.write(path, record_of(path, "tensorrt", built.version, options, stored, "fp32"))
+    gpu = environment.gpus()[0]
+    record = EngineRecord(
+        file=path.name,
+        sha256=hashlib.sha256(built.plan).hexdigest(),
+        size_bytes=len(built.plan),
+        target="tensorrt",
+        library_version=built.version,
+        version_compatible=False,
+        compute_capabilities=(gpu.compute_capability,),
+        hardware_compatibility="none",
+        gpu=gpu.name,
+        driver_version=gpu.driver_version,
+        precision=options.precision,
+        inputs=(TensorRecord(name="image", dtype="float32", shape=("batch", 3, 32, 32)),),
+        outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", CLASSES)),),
+        profiles=engine_record.profile_records(profiles),
+    )
+    engine_record.write(path, record)
     return path, built

@@ -16,8 +16,8 @@ import pytest
 import gpuopt
 from gpuopt import engine_record
 from gpuopt.backends.tensorrt import inspector
-from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
-from gpuopt.errors import DataError, EngineError, GpuoptError, RequirementError, UsageError
+from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.errors import DataError, EngineError
 from tests.gpu.networks import build_engine, images, profile, residual_network
 
 _TF32 = 5e-3
@@ -25,7 +25,7 @@ _TF32 = 5e-3
 
 @pytest.fixture
 def options(tactic_sources: tuple[str, ...]) -> BuildOptions:
-    return BuildOptions(tactic_sources=tactic_sources)
+    return BuildOptions(precision="fp32", tactic_sources=tactic_sources)
 
 
 def expected(model: onnx.ModelProto, feed: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_layers_and_their_times(options: BuildOptions, tmp_path: Path) -> None:
     from gpuopt.backends.tensorrt.runtime import LoadedEngine
     from gpuopt.cuda.device import Device
 
-    path, _ = build_engine(tmp_path, residual_network(), (profile(),), dataclasses.replace(options, fp16=True))
+    path, _ = build_engine(tmp_path, residual_network(), (profile(),), dataclasses.replace(options, precision="fp16"))
     with Device() as device:
         engine = LoadedEngine.open(path, device, engine_record.read(path))
         found = inspector.layers(engine.layer_information())
@@ -159,94 +159,13 @@ def test_layers_and_their_times(options: BuildOptions, tmp_path: Path) -> None:
 
 def test_vectorised_formats_keep_the_values(options: BuildOptions, tmp_path: Path) -> None:
     model = residual_network()
-    settings = dataclasses.replace(options, fp16=True, io_formats=(("image", "fp16:hwc8"),))
+    settings = dataclasses.replace(options, precision="fp16", io_formats=(("image", "fp16:hwc8"),))
     path, _ = build_engine(tmp_path, model, (profile(),), settings)
     with gpuopt.load(path) as engine:
         assert engine._engine.io_formats["image"] == "fp16:hwc8"  # type: ignore[attr-defined]
         feed = images(4)
         found = engine.infer({"image": feed.astype(np.float16)})["logits"]
         assert relative_error(found, expected(model, feed)) < 2e-2
-
-
-def test_the_timing_cache_is_kept_and_can_be_required(options: BuildOptions, tmp_path: Path) -> None:
-    cache = tmp_path / "timing.cache"
-    required = dataclasses.replace(options, timing_cache=cache, require_timing_cache=True)
-    with pytest.raises(RequirementError, match="it does not exist"):
-        build_engine(tmp_path, residual_network(), (profile(),), required)
-    _, first = build_engine(
-        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, timing_cache=cache)
-    )
-    assert first.applied["timing_cache"]["read_bytes"] == 0
-    try:
-        _, second = build_engine(tmp_path, residual_network(), (profile(),), required)
-    except RequirementError as error:
-        pytest.skip(f"this TensorRT does not read the timing cache that it wrote: {error.message}")
-    assert second.applied["timing_cache"]["read_bytes"] == cache.stat().st_size or cache.stat().st_size > 0
-    cache.write_bytes(b"not a timing cache")
-    _, third = build_engine(
-        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, timing_cache=cache)
-    )
-    assert any("was not used and is made anew" in warning for warning in third.warnings)
-    cache.write_bytes(b"not a timing cache")
-    with pytest.raises(RequirementError, match="cannot be used"):
-        build_engine(tmp_path, residual_network(), (profile(),), required)
-
-
-def test_options_that_this_release_lacks_are_refused_by_name(options: BuildOptions, tmp_path: Path) -> None:
-    from gpuopt import environment
-
-    version = environment.tensorrt_version()
-    if version is None or version >= (8, 6):
-        pytest.skip(f"TensorRT {version} has these options")
-    for changes in ({"optimization_level": 3}, {"auxiliary_streams": 1}, {"version_compatible": True}):
-        with pytest.raises(UsageError, match=r"TensorRT 8\.5.* does not have build\."):
-            build_engine(tmp_path, residual_network(), (profile(),), dataclasses.replace(options, **changes))
-
-
-def test_a_tensor_too_large_and_a_workspace_clamped(options: BuildOptions, tmp_path: Path) -> None:
-    huge = {"image": type(profile()["image"])((1, 3, 32, 32), (4, 3, 32, 32), (2**21, 3, 32, 32))}
-    with pytest.raises(GpuoptError) as caught:
-        build_engine(tmp_path, residual_network(), (huge,), options)
-    assert caught.value.kind in ("build", "environment")
-    _, built = build_engine(
-        tmp_path, residual_network(), (profile(),), dataclasses.replace(options, workspace_bytes=1 << 50)
-    )
-    assert "clamped" in built.warnings[0]
-
-
-@pytest.mark.parametrize("method", ["entropy", "minmax"])
-def test_the_native_calibrator(method: Any, options: BuildOptions, tmp_path: Path) -> None:
-    from gpuopt import environment
-
-    version = environment.tensorrt_version()
-    if version is None or version[0] >= 11:
-        pytest.skip("this TensorRT has no calibrators")
-    model = residual_network()
-
-    def batches() -> Any:
-        for start in range(0, 32, 4):
-            yield {"image": images(32)[start : start + 4]}
-
-    native = dataclasses.replace(options, fp16=True, calibration=NativeCalibration(method, batches))
-    path, built = build_engine(tmp_path, model, (profile(),), native)
-    assert built.calibration_cache.startswith(b"TRT-")
-    with gpuopt.load(path) as engine:
-        feed = images(8)
-        assert relative_error(engine.infer({"image": feed})["logits"], expected(model, feed)) < 0.1
-        text = engine._engine.layer_information()  # type: ignore[attr-defined]
-    assert "int8" in inspector.coverage(inspector.layers(text)).layers
-
-    def broken() -> Any:
-        yield {"image": images(4)}
-        yield {"image": np.full((4, 3, 32, 32), np.nan, np.float32)}
-
-    with pytest.raises(DataError, match="holds NaN"):
-        build_engine(
-            tmp_path,
-            model,
-            (profile(),),
-            dataclasses.replace(native, calibration=NativeCalibration(method, broken)),
-        )
 
 
 def test_a_model_with_nan_is_found_out(options: BuildOptions, tmp_path: Path) -> None:

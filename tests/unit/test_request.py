@@ -49,6 +49,13 @@ def written(tmp_path: Path, text: str) -> Path:
         ({"labels": "l.npy", "max_accuracy_drop": "1%"}, "accuracy.labels", "l.npy"),
         ({"evaluation_data": "e.npz"}, "accuracy.data", "e.npz"),
         ({"analyze_samples": 8}, "analyze.samples", 8),
+        ({"workspace": "2GiB"}, "build.workspace", 2 << 30),
+        ({"optimization_level": 0}, "build.optimization_level", 0),
+        ({"timing_cache": "t"}, "build.timing_cache", "t"),
+        ({"require_timing_cache": True}, "build.require_timing_cache", True),
+        ({"tactic_sources": ("A, B", "C")}, "build.tactic_sources", ("A", "B", "C")),
+        ({"plugins": ("a.so", "b.so")}, "build.plugins", ("a.so", "b.so")),
+        ({"io_formats": ("a=b=fp16:chw", "c=int8:chw32")}, "build.io_formats", {"a=b": "fp16:chw", "c": "int8:chw32"}),
     ],
 )
 def test_a_flag_sets_its_key(flags: dict[str, Any], key: str, value: Any) -> None:
@@ -121,6 +128,13 @@ def test_no_model_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_recipe_file_that_is_not_there_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         made(path=tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("texts", [("image",), ("=fp16:chw",), ("image=",), ("a=fp16:chw", "a=fp32:chw")])
+def test_a_format_without_name_or_value_or_twice_is_refused(texts: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=r"no format|two formats") as caught:
+        made(io_formats=texts)
+    assert "--io-format" in caught.value.hint
 
 
 def test_the_dry_run_is_a_recipe_with_the_plan_in_comments(tmp_path: Path) -> None:

@@ -1,50 +1,76 @@
-"""Building engines: TensorRT >= 10 and TensorRT-RTX, and TensorRT 8.5 and 8.6 as a small legacy branch.
+"""Building engines: TensorRT >= 10, TensorRT-RTX, and TensorRT 8.5 / 8.6.
 
-Strongly typed networks take their precision from the ONNX. TensorRT 8 has no such networks: FP16 and INT8 are builder
-flags there, over a graph in FP32 with Q/DQ.
+From TensorRT 10 on networks are strongly typed: precision is what the ONNX says. TensorRT 8, and the calibrator of
+8.5 to 10, get it as builder flags over an FP32 graph.
 """
 
 from __future__ import annotations
 
-import re
+import tempfile
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt import diagnosis
-from gpuopt.backends.tensorrt.calibrator import make_calibrator
-from gpuopt.backends.tensorrt.configuration import Configurator, load_plugins
-from gpuopt.backends.tensorrt.library import MODULES, import_module, is_strongly_typed
+from gpuopt import environment
+from gpuopt.artifact import ONNX_FILE
+from gpuopt.backends.tensorrt import calibrator as calibrators
+from gpuopt.backends.tensorrt import configuration, diagnosis, limits, timing_cache
+from gpuopt.backends.tensorrt import network as networks
+from gpuopt.backends.tensorrt.library import import_module, version
 from gpuopt.backends.tensorrt.options import BuildOptions
-from gpuopt.environment import install_hint
-from gpuopt.errors import RequirementError
+from gpuopt.errors import BuildError, GpuoptError
 from gpuopt.progress import Progress
 from gpuopt.shapes import Profile
-
-_MOST_MESSAGES = 200
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialized engine and what was said on the way.
+    """A serialized engine, and how it came about.
 
     Attributes:
-        plan: its bytes.
+        plan: the engine.
         version: of the library.
-        messages: of the builder, errors and warnings without repeats.
-        warnings: of gpuopt, for the report.
-        applied: the options, as applied.
-        calibration_cache: what TensorRT's own calibrator wrote; empty: it was not used.
+        messages: what the builder said, errors and warnings, each once.
+        warnings: for the user: what is not as it was asked for, repairs among them.
+        repairs: what was changed so that the engine could be built, a line each.
+        applied: options and flags in force, by name.
+        timing_cache: what was done with it; None: there is none.
+        calibration_cache: of TensorRT's own calibrator, its text; None without it.
+        io_dtypes: numpy dtype by input and output.
+        seconds: of the whole build, repairs included.
     """
 
     plan: bytes
     version: str
     messages: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
     applied: dict[str, Any] = field(default_factory=dict)
-    calibration_cache: bytes = b""
+    timing_cache: timing_cache.TimingCacheUse | None = None
+    calibration_cache: bytes | None = None
+    io_dtypes: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One try: what repairs change, and what they do not."""
+
+    target: str
+    trt: ModuleType
+    graph: Path
+    profiles: tuple[Profile, ...]
+    options: BuildOptions
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A try that gave no engine."""
+
+    messages: dict[str, list[str]]
 
 
 def build(
@@ -54,97 +80,169 @@ def build(
 
     Args:
         target: `tensorrt` or `tensorrt-rtx`.
-        onnx_path: Q/DQ and FP16 in it decide the engine's precision; with TensorRT 8 the options do.
+        onnx_path: Q/DQ and FP16 in it decide the engine's precision; for TensorRT 8 it is FP32 with or without Q/DQ,
+            of opset 17 or less.
         profiles: min / opt / max of every input; at least one.
 
     Raises:
-        RequirementError: the module is missing, there is no GPU for a target that needs one, or too little memory.
+        RequirementError: the module is missing, or there is no GPU for a target that needs one.
         UsageError: an option that this release does not have.
         BuildError: the parser or the builder refuses; the message names the node where there is one.
+        DataError: calibration data is not what the network takes.
     """
+    started = time.monotonic()
     trt = import_module(target)
-    who = f"{target} {trt.__version__}"
-    log = _make_log(trt)
-    load_plugins(trt, log, options.plugins)
-    builder = trt.Builder(log)
-    if builder is None:
-        raise RequirementError(f"{target} finds no usable GPU driver", f"Install it: {install_hint(MODULES[target])}.")
-    network = builder.create_network(_network_flags(target, trt, options))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(onnx_path)):
-        raise diagnosis.refused_graph(who, parser)
-    configurator = Configurator(target, trt, builder, network, log)
-    made = configurator.configure(options, profiles, _free_bytes(target))
-    calibrator = None
-    if options.calibration is not None:
-        calibrator = make_calibrator(trt, target, options.calibration)
-        made.config.int8_calibrator = calibrator
-        made.config.set_calibration_profile(configurator.calibration_profile(options.calibration, profiles[0]))
-    # The configuration keeps no reference of its own.
-    monitor = _make_monitor(trt, progress) if hasattr(trt, "IProgressMonitor") else None
-    if monitor is not None:
-        made.config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, made.config)
-    if calibrator is not None and calibrator.problem is not None:
-        raise calibrator.problem
-    if plan is None:
-        raise diagnosis.explain(who, log.messages["ERROR"])
-    configurator.keep_timing_cache(made, options)
-    return BuiltEngine(
-        bytes(memoryview(plan)),
-        str(trt.__version__),
-        tuple(diagnosis.without_repeats(log.messages)),
-        tuple(made.warnings),
-        made.applied,
-        calibrator.written if calibrator is not None else b"",
+    limits.check(target, trt, options)
+    check_opset(target, trt, onnx_path)
+    networks.load_plugins(trt, options.plugins)
+    wanted, warnings = configuration.clamped_workspace(
+        options.workspace_bytes, environment.free_gpu_memory() if options.workspace_bytes is not None else None
+    )
+    options = replace(options, workspace_bytes=wanted)
+    with tempfile.TemporaryDirectory(prefix="gpuopt-build-") as scratch:
+        graph = _with_io_dtypes(target, trt, onnx_path, options, Path(scratch) / "io")
+        request = _Request(target, trt, graph, profiles, options)
+        repaired: list[str] = []
+        while True:
+            result = _attempt(request, progress)
+            if isinstance(result, BuiltEngine):
+                break
+            repair = _repaired(request, result, repaired, Path(scratch)) if options.repairs else None
+            if repair is None:
+                raise _error(request, result, repaired)
+            request, said = repair
+            repaired.append(said)
+            progress.line(f"{target}: {said}")
+    return replace(
+        result,
+        warnings=(*warnings, *(f"{target}: {said}" for said in repaired), *result.warnings),
+        repairs=tuple(repaired),
+        seconds=time.monotonic() - started,
     )
 
 
-def compute_capabilities(module: ModuleType) -> list[str]:
-    """The compute capabilities that a TensorRT-RTX release can build for, as `8.6`."""
-    names = [name for name in dir(module.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
-    return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda text: float(text))
+def _error(request: _Request, failure: _Failure, repaired: list[str]) -> GpuoptError:
+    error = diagnosis.builder_error(f"{request.target} {request.trt.__version__}", failure.messages)
+    if not repaired:
+        return error
+    return type(error)(f"{error.message} (tried in vain: {'; '.join(repaired)})", error.hint)
 
 
-def _network_flags(target: str, trt: ModuleType, options: BuildOptions) -> int:
-    flags = trt.NetworkDefinitionCreationFlag
-    if is_strongly_typed(target, trt) and options.calibration is None:
-        return 1 << int(flags.STRONGLY_TYPED)
-    return 1 << int(flags.EXPLICIT_BATCH) if hasattr(flags, "EXPLICIT_BATCH") else 0
+def _with_io_dtypes(target: str, trt: ModuleType, onnx_path: Path, options: BuildOptions, folder: Path) -> Path:
+    """The graph with the dtypes of `io_formats`, which a strongly typed network takes from the graph."""
+    formats = networks.parse_io_formats(options.io_formats)
+    if not formats or limits.has_precision_flags(target, trt, options):
+        return onnx_path
+    import onnx
+
+    from gpuopt import onnx_model
+    from gpuopt.backends.tensorrt import repairs
+
+    dtypes = [(name, dtype) for name, (dtype, _) in formats.items()]
+    onnx_model.save(repairs.with_io_dtypes(onnx.load(str(onnx_path)), dtypes), folder)
+    return folder / ONNX_FILE
 
 
-def _free_bytes(target: str) -> int | None:
-    """Free memory of the GPU that the engine is built on."""
-    if target != "tensorrt":
-        return None
-    from gpuopt.cuda.device import Device
-
+def _attempt(request: _Request, progress: Progress) -> BuiltEngine | _Failure:
+    """One try of a build."""
+    target, trt, options = request.target, request.trt, request.options
+    log = networks.make_log(trt)
+    weakly_typed = limits.has_precision_flags(target, trt, options)
+    parsed = networks.parse(target, trt, log, request.graph, weakly_typed)
+    networks.set_io_formats(trt, parsed.network, options, weakly_typed)
+    made = configuration.configure(target, trt, parsed, request.profiles, options)
+    calibrator = _set_calibrator(trt, parsed, made.config, request)
+    # The builder calls it, so that it has to outlive the build.
+    monitor = _make_monitor(trt, progress) if hasattr(trt, "IProgressMonitor") else None
+    if monitor is not None:
+        made.config.progress_monitor = monitor
     try:
-        with Device() as device:
-            return device.free_bytes()
-    except RequirementError:
-        # pycuda runs engines; it is not needed to build them.
+        plan = parsed.builder.build_serialized_network(parsed.network, made.config)
+        if calibrator is not None and calibrator.failure is not None:
+            raise calibrator.failure
+    finally:
+        if calibrator is not None:
+            calibrator.close()
+    if plan is None:
+        return _Failure(log.messages)
+    warnings, use = list(made.warnings), None
+    if made.cache is not None and options.timing_cache is not None:
+        use, said = timing_cache.save(made.config, made.cache, options.timing_cache, log.messages)
+        warnings.extend(said)
+    return BuiltEngine(
+        plan=bytes(plan),
+        version=str(trt.__version__),
+        messages=tuple(networks.without_repeats(log.messages)),
+        warnings=tuple(warnings),
+        applied=made.applied,
+        timing_cache=use,
+        calibration_cache=calibrator.content if calibrator is not None else None,
+        io_dtypes={name: _numpy_name(tensor.dtype) for name, tensor in networks.io_tensors(parsed.network).items()},
+    )
+
+
+_NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
+
+
+def _numpy_name(dtype: Any) -> str:
+    name = str(dtype.name)
+    return _NUMPY_NAMES.get(name, name.lower())
+
+
+def _set_calibrator(trt: ModuleType, parsed: networks.Parsed, config: Any, request: _Request) -> Any:
+    """Give the builder TensorRT's own calibrator, where it is asked for."""
+    calibration = request.options.calibration
+    if calibration is None:
         return None
+    if not request.profiles:
+        raise BuildError("calibration needs a shape profile", "Give the shapes of the inputs: --input NAME:SHAPE.")
+    inputs = [parsed.network.get_input(index) for index in range(parsed.network.num_inputs)]
+    is_cached = calibration.cache_file is not None and calibration.cache_file.is_file()
+    batches = None
+    if not is_cached:
+        batches = calibrators.Batches(calibration, {tensor.name: trt.nptype(tensor.dtype) for tensor in inputs})
+    shapes = batches.peek() if batches is not None else {}
+    profile = calibrators.calibration_profile(request.profiles[0], shapes)
+    config.set_calibration_profile(networks.optimization_profile(parsed.builder, parsed.network, profile))
+    calibrator = calibrators.make_calibrator(trt, calibration, batches)
+    config.int8_calibrator = calibrator
+    return calibrator
 
 
-def _make_log(trt: ModuleType) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps what the library says instead of printing it."""
+def _repaired(request: _Request, failure: _Failure, repaired: list[str], scratch: Path) -> tuple[_Request, str] | None:
+    """The next try, and what it changes; None if there is nothing left to try."""
+    finding = diagnosis.find(failure.messages)
+    limit = request.options.workspace_bytes
+    if finding.cause.name == diagnosis.OUT_OF_MEMORY:
+        return _with_smaller_workspace(request, limit, sum("workspace" in said for said in repaired))
+    if finding.cause.name != diagnosis.NO_IMPLEMENTATION or not finding.node:
+        return None
+    import onnx
 
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: dict[str, list[str]] = {"ERROR": [], "WARNING": []}
+    from gpuopt import onnx_model
+    from gpuopt.backends.tensorrt import repairs
 
-        def log(self, severity: Any, message: str) -> None:
-            try:
-                level = {"INTERNAL_ERROR": "ERROR"}.get(severity.name, severity.name)
-                kept = self.messages.get(level)
-                if kept is not None and len(kept) < _MOST_MESSAGES:
-                    kept.append(str(message).strip())
-            except Exception:  # noqa: S110 - an exception here would pass through C++ and abort
-                pass
+    if sum("FP32" in said for said in repaired) >= repairs.MOST_NODE_REPAIRS:
+        return None
+    repair = repairs.with_nodes_in_fp32(onnx.load(str(request.graph)), finding.node)
+    if repair is None:
+        return None
+    folder = scratch / f"repair{len(repaired)}"
+    onnx_model.save(repair.model, folder)
+    shown = ", ".join(repair.nodes[:4]) + (f" and {len(repair.nodes) - 4} more" if len(repair.nodes) > 4 else "")
+    said = f"no kernel for {shown} in the asked-for precision: it computes in FP32"
+    return replace(request, graph=folder / ONNX_FILE), said
 
-    return Log()
+
+def _with_smaller_workspace(request: _Request, limit: int | None, tried: int) -> tuple[_Request, str] | None:
+    from gpuopt.backends.tensorrt import repairs
+
+    smaller = repairs.smaller_workspace(limit, environment.free_gpu_memory())
+    if smaller is None or tried >= repairs.MOST_WORKSPACE_REPAIRS:
+        return None
+    options = replace(request.options, workspace_bytes=smaller)
+    said = f"the GPU's memory did not suffice: the workspace is limited to {smaller / 2**20:.0f} MiB"
+    return replace(request, options=options), said
 
 
 def _make_monitor(trt: ModuleType, progress: Progress) -> Any:
@@ -173,3 +271,23 @@ def _make_monitor(trt: ModuleType, progress: Progress) -> Any:
                 self._totals.pop(phase, None)
 
     return Monitor()
+
+
+def check_opset(target: str, trt: ModuleType, onnx_path: Path) -> None:
+    """Refuse an opset that TensorRT 8 misreads without a word.
+
+    Raises:
+        BuildError: the opset is above 17, and TensorRT is 8.
+    """
+    if target != "tensorrt" or version(trt) >= (10, 0):
+        return
+    import onnx
+
+    from gpuopt import onnx_model
+
+    opset = onnx_model.opset(onnx.load(str(onnx_path), load_external_data=False))
+    if opset > 17:
+        raise BuildError(
+            f"TensorRT {trt.__version__} takes ONNX opsets up to 17, and the graph has {opset}",
+            "Export with --opset 17 --set export.exporters=torchscript.",
+        )

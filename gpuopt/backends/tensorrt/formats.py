@@ -23,24 +23,7 @@ NAMES = {
     LINEAR: "LINEAR", "chw2": "CHW2", "chw4": "CHW4", "chw16": "CHW16", "chw32": "CHW32",
     "hwc": "HWC", "hwc8": "HWC8", "hwc16": "HWC16",
 }  # fmt: skip
-"""trtexec's names and those of TensorRT's enumeration."""
-
-DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
-
-
-def parse(text: str) -> tuple[str, str]:
-    """`fp16:hwc8` as dtype and format name.
-
-    Raises:
-        UsageError: not one of the known ones.
-    """
-    dtype, colon, layout = text.partition(":")
-    if not colon or dtype not in DTYPES or layout not in NAMES:
-        raise UsageError(
-            f"'{text}' is not an I/O format",
-            f"Write DTYPE:FORMAT, dtype one of {', '.join(DTYPES)}, format one of {', '.join(NAMES)}.",
-        )
-    return dtype, layout
+"""Those that can be packed, in trtexec's names and TensorRT's."""
 
 
 def packed_shape(shape: Shape, layout: str) -> Shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,21 +10,24 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
+Feed = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class NativeCalibration:
-    """TensorRT's own calibration.
+    """INT8 ranges from TensorRT's own calibrator, of 8.5 to 10; the graph is FP32, without Q/DQ.
 
     Attributes:
         method: `entropy` (IInt8EntropyCalibrator2) or `minmax` (IInt8MinMaxCalibrator).
-        batches: gives the batches, all of one shape; each call starts anew.
-        cache: a calibration cache to use instead of the batches; empty: none.
+        feeds: gives the samples, once: by input name an array of shape (batch, ...), all of one shape an input.
+        batch: samples in a feed.
+        cache_file: calibration cache in TensorRT's text format; read instead of the feeds if it is there; None: none.
     """
 
     method: Literal["entropy", "minmax"]
-    batches: Callable[[], Iterator[Mapping[str, npt.NDArray[Any]]]]
-    cache: bytes = b""
+    feeds: Callable[[], Iterable[Feed]]
+    batch: int = 1
+    cache_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class BuildOptions:
     """Everything but the graph and its profiles that decides an engine.
 
     Attributes:
-        fp16, int8: builder flags of TensorRT 8; newer ones read the precision in the graph.
-        calibration: TensorRT's own calibrator instead of Q/DQ; TensorRT 8.5 to 9.
+        precision: what the graph asks for; TensorRT 8 turns it into builder flags, newer ones read it in the graph.
+        tf32: whether FP32 products may have TF32's ten bits of mantissa.
+        fp16_remainder: whether what INT8 leaves may be FP16; TensorRT 8 and native calibration alone read it.
+        fp32_nodes: nodes that stay in FP32; TensorRT 8 and native calibration alone read it.
+        calibration: TensorRT's own calibrator instead of Q/DQ in the graph; None: Q/DQ.
         compute_capabilities: TensorRT-RTX only, as `8.6`; empty: 8.0 and newer.
         optimization_level: 0 (fast build) to 5 (fast engine); None: the builder's own. TensorRT 8.6 and newer.
         workspace_bytes: limit of scratch memory, clamped to what is free; None: the builder's own.
@@ -52,10 +58,13 @@ class BuildOptions:
         sparsity: use 2:4 structured sparsity where the weights have it.
         io_formats: by tensor name, `DTYPE:FORMAT` as trtexec writes it (`fp16:hwc8`, `int8:chw32`); others: linear,
             in the graph's dtype.
+        repairs: try again, a node in FP32 or with a smaller workspace, where the builder stops at it.
     """
 
-    fp16: bool = False
-    int8: bool = False
+    precision: Literal["int8", "fp16", "fp32"] = "int8"
+    tf32: bool = True
+    fp16_remainder: bool = True
+    fp32_nodes: tuple[str, ...] = ()
     calibration: NativeCalibration | None = None
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None
@@ -74,3 +83,4 @@ class BuildOptions:
     dla_core: int | None = None
     sparsity: bool = False
     io_formats: tuple[tuple[str, str], ...] = ()
+    repairs: bool = True

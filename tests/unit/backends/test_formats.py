@@ -30,13 +30,6 @@ def test_where_a_value_lies() -> None:
     assert not hwc8[..., 5:].any()
 
 
-@pytest.mark.parametrize("text", ["fp16", "half:chw", "fp16:nchw", ""])
-def test_other_words_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not an I/O format"):
-        formats.parse(text)
-    assert formats.parse("int8:chw32") == ("int8", "chw32")
-
-
 def test_channels_need_a_place() -> None:
     with pytest.raises(UsageError, match="needs a batch"):
         formats.packed_shape((4, 10), "hwc8")

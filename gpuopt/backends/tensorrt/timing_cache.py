@@ -1,0 +1,122 @@
+"""The timing cache: what each kernel took on this GPU, kept in a file between builds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.environment import Gpu
+from gpuopt.errors import BuildError, StorageError, UsageError
+from gpuopt.storage import storage_errors, write_bytes
+
+_HITS = re.compile(r"(\d+) entries, served (\d+) hits")
+
+
+@dataclass(frozen=True)
+class TimingCacheUse:
+    """What a build did with its timing cache.
+
+    Attributes:
+        file: where it lies.
+        read_bytes: how much of it fitted; 0: none was there, or another GPU's or release's.
+        written_bytes: its size after the build; 0: it could not be written.
+        hits: timings that were taken from it, where the library says so.
+    """
+
+    file: Path
+    read_bytes: int
+    written_bytes: int
+    hits: int | None
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A timing cache in use; `cache` has to live until the engine is built."""
+
+    cache: Any
+    read_bytes: int
+    warnings: tuple[str, ...]
+
+
+def file_name(target: str, library_version: str, gpu: Gpu) -> str:
+    """The name of the cache for one target, release and kind of GPU."""
+    words = f"{target}-{library_version}-{gpu.name}-{gpu.compute_capability}"
+    return re.sub(r"[^\w.-]+", "_", words) + ".timing"
+
+
+def attach(config: Any, trt: ModuleType, options: BuildOptions) -> Attached | None:
+    """Give the builder the timing cache of `options`, or an empty one that is filled.
+
+    Raises:
+        BuildError: `require_timing_cache`, and it is not there or does not fit.
+        UsageError: `require_timing_cache` without a file.
+        StorageError: it cannot be read.
+    """
+    path = options.timing_cache
+    if path is None:
+        if options.require_timing_cache:
+            raise UsageError("build.require_timing_cache needs a timing cache", "Name it: --timing-cache FILE.")
+        return None
+    content = b""
+    if path.is_file():
+        with storage_errors("read", path):
+            content = path.read_bytes()
+    elif options.require_timing_cache:
+        raise BuildError(
+            f"there is no timing cache {path}, and it is required",
+            "Build once without --require-timing-cache on the same kind of GPU, and keep the file.",
+        )
+    cache = _fitting(config, content)
+    if cache is not None and (content or not options.require_timing_cache):
+        return Attached(cache, len(content), ())
+    reason = f"the timing cache {path} does not fit TensorRT {trt.__version__} and this GPU, or is damaged"
+    if options.require_timing_cache:
+        raise BuildError(reason, "Build once without --require-timing-cache, which replaces it.")
+    empty = _fitting(config, b"")
+    if empty is None:
+        return None
+    return Attached(empty, 0, (f"{reason}; it is replaced",))
+
+
+def _fitting(config: Any, content: bytes) -> Any:
+    """The cache with this content, in use; None if the library refuses it."""
+    try:
+        cache = config.create_timing_cache(content)
+        return cache if cache is not None and config.set_timing_cache(cache, False) else None
+    except (TypeError, ValueError, RuntimeError):  # a null pointer where the binding wants an object
+        return None
+
+
+def save(
+    config: Any, attached: Attached, path: Path, messages: Mapping[str, Sequence[str]]
+) -> tuple[TimingCacheUse, tuple[str, ...]]:
+    """Write the cache after a build, with what another build may have added to the file meanwhile.
+
+    Returns:
+        What was done, and warnings: an engine is not lost because its cache cannot be written.
+    """
+    hits = max((int(match[2]) for line in messages.get("NOTED", ()) if (match := _HITS.search(line))), default=None)
+    try:
+        if path.is_file():
+            _add(config, attached.cache, path.read_bytes())
+        content = bytes(attached.cache.serialize())
+        write_bytes(path, content)
+    except (StorageError, OSError, TypeError, ValueError, RuntimeError) as error:
+        warning = f"the timing cache {path} is not written: {error}"
+        return TimingCacheUse(path, attached.read_bytes, 0, hits), (warning,)
+    return TimingCacheUse(path, attached.read_bytes, len(content), hits), ()
+
+
+def _add(config: Any, cache: Any, content: bytes) -> None:
+    """Add what another cache holds; one of another release or GPU, or a damaged one, adds nothing."""
+    try:
+        others = config.create_timing_cache(content)
+        if others is not None:
+            cache.combine(others, False)
+    except (TypeError, ValueError, RuntimeError):  # a null pointer where the binding wants an object
+        return

@@ -1,0 +1,110 @@
+"""The timing cache's file: names, refusals, replacement. That TensorRT reads it back is shown on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gpuopt.backends.tensorrt import timing_cache
+from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.environment import Gpu
+from gpuopt.errors import BuildError, UsageError
+
+TRT = ModuleType("tensorrt")
+TRT.__version__ = "8.5.3.1"  # type: ignore[attr-defined]
+HEAD = b"timings:"
+
+
+class Cache:
+    """What the library's cache does with bytes, as its documentation says; TensorRT-RTX's does nothing."""
+
+    def __init__(self, content: bytes) -> None:
+        self.entries = set(content.removeprefix(HEAD).split(b",")) - {b""}
+
+    def combine(self, other: Cache, ignore_mismatch: bool) -> bool:
+        fits = b"foreign" not in other.entries
+        self.entries |= other.entries if fits else set()
+        return fits
+
+    def serialize(self) -> bytes:
+        return HEAD + b",".join(sorted(self.entries))
+
+
+class Config:
+    """Refuses content without the head: of another release by `set_timing_cache`, damaged as a null pointer."""
+
+    def create_timing_cache(self, content: bytes) -> Cache | None:
+        if content == b"damaged":
+            raise TypeError("factory returned nullptr")
+        return Cache(content)
+
+    def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
+        return not ignore_mismatch and b"foreign" not in cache.entries
+
+
+def test_there_is_one_file_for_each_release_and_gpu() -> None:
+    gpu = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0", 1)
+    assert timing_cache.file_name("tensorrt", "8.5.3.1", gpu) == "tensorrt-8.5.3.1-NVIDIA_H100_80GB_HBM3-9.0.timing"
+    assert "/" not in timing_cache.file_name("tensorrt", "1", Gpu("a/b ../c", "8.6"))
+
+
+def test_no_file_means_no_cache() -> None:
+    assert timing_cache.attach(Config(), TRT, BuildOptions()) is None
+    with pytest.raises(UsageError, match="require_timing_cache needs a timing cache"):
+        timing_cache.attach(Config(), TRT, BuildOptions(require_timing_cache=True))
+
+
+def test_a_cache_grows_with_what_other_builds_added_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "folder/cache"
+    config = Config()
+    first = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path))
+    assert first is not None
+    assert (first.read_bytes, first.warnings) == (0, ())
+    first.cache.entries.add(b"a")
+    use, warnings = timing_cache.save(config, first, path, {})
+    assert (use.read_bytes, use.written_bytes, use.hits, warnings) == (0, len(HEAD) + 1, None, ())
+    second = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path, require_timing_cache=True))
+    assert second is not None
+    assert second.read_bytes == len(HEAD) + 1
+    path.write_bytes(HEAD + b"a,c")
+    second.cache.entries.add(b"b")
+    line = "Deleting timing cache: 174 entries, served 118 hits since creation."
+    use, _ = timing_cache.save(config, second, path, {"NOTED": [line]})
+    assert use.hits == 118
+    assert path.read_bytes() == HEAD + b"a,b,c"
+
+
+@pytest.mark.parametrize("content", [b"damaged", HEAD + b"foreign"])
+def test_a_cache_that_does_not_fit_is_replaced_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(content)
+    attached = timing_cache.attach(Config(), TRT, BuildOptions(timing_cache=path))
+    assert attached is not None
+    assert attached.read_bytes == 0
+    assert "does not fit TensorRT 8.5.3.1 and this GPU, or is damaged; it is replaced" in attached.warnings[0]
+    attached.cache.entries.add(b"a")
+    timing_cache.save(Config(), attached, path, {})
+    assert path.read_bytes() == HEAD + b"a"
+    path.write_bytes(content)
+    with pytest.raises(BuildError, match="does not fit"):
+        timing_cache.attach(Config(), TRT, BuildOptions(timing_cache=path, require_timing_cache=True))
+
+
+def test_a_required_cache_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
+    options = BuildOptions(timing_cache=tmp_path / "cache", require_timing_cache=True)
+    with pytest.raises(BuildError, match="there is no timing cache"):
+        timing_cache.attach(Config(), TRT, options)
+    (tmp_path / "cache").touch()
+    with pytest.raises(BuildError, match="does not fit"):
+        timing_cache.attach(Config(), TRT, options)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file/cache"
+    attached = timing_cache.Attached(Cache(b""), 0, ())
+    use, (warning,) = timing_cache.save(Config(), attached, path, {})
+    assert use.written_bytes == 0
+    assert "is not written" in warning
