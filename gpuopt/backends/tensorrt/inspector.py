@@ -137,14 +137,14 @@ def coverage(found: Iterable[EngineLayer], milliseconds: Mapping[str, float] | N
         milliseconds: time of each layer by its name.
     """
     found = tuple(found)
-    computing = [layer for layer in found if layer.computes]
-    counts = Counter[str](layer.precision for layer in computing)
+    computing = [one for one in found if one.computes]
+    counts = Counter[str](one.precision for one in computing)
     times: dict[str, float] = defaultdict(float)
     overhead = 0.0
-    for layer in found:
-        spent = (milliseconds or {}).get(layer.name, 0.0)
-        if layer.computes:
-            times[layer.precision] += spent
+    for one in found:
+        spent = (milliseconds or {}).get(one.name, 0.0)
+        if one.computes:
+            times[one.precision] += spent
         else:
             overhead += spent
     whole = sum(times.values()) + overhead
@@ -152,8 +152,8 @@ def coverage(found: Iterable[EngineLayer], milliseconds: Mapping[str, float] | N
         layers=dict(counts),
         layer_share=_shares(counts),
         time_share=_shares(times) if milliseconds else None,
-        reformats=sum(layer.is_reformat for layer in found),
-        quantizations=sum(layer.is_quantization for layer in found),
+        reformats=sum(one.is_reformat for one in found),
+        quantizations=sum(one.is_quantization for one in found),
         overhead_time_share=overhead / whole if milliseconds and whole else None,
         milliseconds=whole if milliseconds else None,
     )

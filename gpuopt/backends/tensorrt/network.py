@@ -247,8 +247,12 @@ def fix_static_inputs(network: Any, profiles: tuple[Profile, ...]) -> None:
             if tensor.name in profile
             for shape in (profile[tensor.name].min, profile[tensor.name].max)
         }
-        if len(shapes) == 1 and -1 in tuple(tensor.shape) and len(tensor.shape) == len(next(iter(shapes))):
-            tensor.shape = next(iter(shapes))
+        if len(shapes) != 1 or -1 not in tuple(tensor.shape):
+            continue
+        (shape,) = shapes
+        fits = len(tensor.shape) == len(shape)
+        if fits and all(size in (-1, wanted) for size, wanted in zip(tensor.shape, shape, strict=True)):
+            tensor.shape = shape
 
 
 def optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:

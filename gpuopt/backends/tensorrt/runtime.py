@@ -261,19 +261,19 @@ class Execution:
         device_bytes: of buffers and scratch memory.
     """
 
-    def __init__(self, engine: LoadedEngine, shapes: Mapping[str, Shape], options: ExecutionOptions) -> None:
-        self._engine = engine
-        profile = engine.profile_for(shapes) if options.profile is None else options.profile
-        engine.take_profile(profile)
+    def __init__(self, loaded: LoadedEngine, shapes: Mapping[str, Shape], options: ExecutionOptions) -> None:
+        self._loaded = loaded
+        profile = loaded.profile_for(shapes) if options.profile is None else options.profile
+        loaded.take_profile(profile)
         self._profile = profile
-        self.stream = Stream(engine.device)
-        self._context: Any = engine._context()
+        self.stream = Stream(loaded.device)
+        self._context: Any = loaded._context()
         self._buffers: dict[str, DeviceBuffer] = {}
         self._scratch: DeviceBuffer | None = None
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.shapes: dict[str, Shape] = {}
-        engine.device.own(self)
+        loaded.device.own(self)
         try:
             self._set_up(shapes, options)
         except BaseException:
@@ -281,21 +281,21 @@ class Execution:
             raise
 
     def _set_up(self, shapes: Mapping[str, Shape], options: ExecutionOptions) -> None:
-        engine, context = self._engine, self._context
-        dynamic = any(bounds.dynamic_axes for bounds in engine.profiles[self._profile].values())
-        if (dynamic or len(engine.profiles) > 1) and context.active_optimization_profile != self._profile:
+        loaded, context = self._loaded, self._context
+        dynamic = any(bounds.dynamic_axes for bounds in loaded.profiles[self._profile].values())
+        if (dynamic or len(loaded.profiles) > 1) and context.active_optimization_profile != self._profile:
             if not context.set_optimization_profile_async(self._profile, self.stream.handle):
                 raise EngineError(
-                    f"profile {self._profile} cannot be used: {engine._last_words()}", "Run with --debug for more."
+                    f"profile {self._profile} cannot be used: {loaded._last_words()}", "Run with --debug for more."
                 )
             self.stream.synchronize()
         for name, shape in shapes.items():
             if not context.set_input_shape(name, tuple(shape)):
                 raise DataError(
-                    f"input '{name}' cannot have the shape {format_shape(shape)}: {engine._last_words()}",
+                    f"input '{name}' cannot have the shape {format_shape(shape)}: {loaded._last_words()}",
                     "Use a shape of the engine's profiles.",
                 )
-        for spec in (*engine.inputs, *engine.outputs):
+        for spec in (*loaded.inputs, *loaded.outputs):
             shape = tuple(int(size) for size in context.get_tensor_shape(spec.name))
             if any(size < 0 for size in shape):
                 raise EngineError(
@@ -303,16 +303,16 @@ class Execution:
                     "Let the model give an output of fixed size (top-k, padding) instead.",
                 )
             self.shapes[spec.name] = shape
-            host_shape = formats.packed_shape(shape, engine._layout(spec.name))
-            allocate: Callable[[Shape, str], Array] = engine.pools.pinned.allocate if options.page_locked else _pageable
+            host_shape = formats.packed_shape(shape, loaded._layout(spec.name))
+            allocate: Callable[[Shape, str], Array] = loaded.pools.pinned.allocate if options.page_locked else _pageable
             host = allocate(host_shape, spec.dtype)
-            buffer = engine.pools.device.allocate(host.nbytes)
+            buffer = loaded.pools.device.allocate(host.nbytes)
             self._buffers[spec.name] = buffer
             context.set_tensor_address(spec.name, buffer.address)
-            (self.inputs if spec in engine.inputs else self.outputs)[spec.name] = host
-        self._scratch = engine.pools.device.allocate(engine.device_memory_bytes)
+            (self.inputs if spec in loaded.inputs else self.outputs)[spec.name] = host
+        self._scratch = loaded.pools.device.allocate(loaded.device_memory_bytes)
         if hasattr(context, "set_device_memory"):
-            context.set_device_memory(self._scratch.address, engine.device_memory_bytes)
+            context.set_device_memory(self._scratch.address, loaded.device_memory_bytes)
         else:
             context.device_memory = self._scratch.address
         self.device_bytes = self._scratch.nbytes + sum(buffer.nbytes for buffer in self._buffers.values())
@@ -334,7 +334,7 @@ class Execution:
     def compute(self, stream: Stream | None = None) -> None:
         """Enqueue the engine's work."""
         if not self._context.execute_async_v3((stream or self.stream).handle):
-            raise EngineError(f"the engine fails: {self._engine._last_words()}", "Run with --debug for its messages.")
+            raise EngineError(f"the engine fails: {self._loaded._last_words()}", "Run with --debug for its messages.")
 
     def copy_out(self, stream: Stream | None = None) -> None:
         """Enqueue the copies of all outputs to the host."""
@@ -351,7 +351,7 @@ class Execution:
         Raises:
             DataError: an input is missing, or has another shape or dtype.
         """
-        for spec in self._engine.inputs:
+        for spec in self._loaded.inputs:
             value = feeds.get(spec.name)
             if value is None:
                 raise DataError(f"input '{spec.name}' is missing", "Give every input by its name.")
@@ -361,13 +361,13 @@ class Execution:
                     f"expected {spec.dtype} {format_shape(self.shapes[spec.name])}",
                     "Convert it before the call.",
                 )
-            layout = self._engine._layout(spec.name)
+            layout = self._loaded._layout(spec.name)
             np.copyto(self.inputs[spec.name], formats.pack(value, layout))
 
     def read(self) -> dict[str, Array]:
         """Copies of the outputs, in their logical shapes."""
         return {
-            name: np.array(formats.unpack(host, self.shapes[name], self._engine._layout(name)))
+            name: np.array(formats.unpack(host, self.shapes[name], self._loaded._layout(name)))
             for name, host in self.outputs.items()
         }
 
@@ -399,7 +399,7 @@ class Execution:
 
         enqueue()
         self.wait()
-        return Graph.capture(self._engine.device, self.stream, enqueue)
+        return Graph.capture(self._loaded.device, self.stream, enqueue)
 
     def time_layers(self, iterations: int) -> list[LayerTime]:
         """Median time of every layer. Profiling serialises the layers: their sum exceeds the latency.
@@ -407,7 +407,7 @@ class Execution:
         Args:
             iterations: measured ones; a tenth as many go before them.
         """
-        profiler = _make_profiler(self._engine._trt)
+        profiler = _make_profiler(self._loaded._trt)
         self._context.profiler = profiler
         try:
             for index in range(iterations + max(1, iterations // 10)):
@@ -427,7 +427,7 @@ class Execution:
             return
         with contextlib.suppress(Exception):
             self.stream.synchronize()
-        self._engine.give_profile_back(self._profile)
+        self._loaded.give_profile_back(self._profile)
         for buffer in (*self._buffers.values(), self._scratch):
             if buffer is not None:
                 buffer.free()
@@ -447,11 +447,11 @@ def _pageable(shape: Shape, dtype: str) -> Array:
     return np.empty(shape, dtype)
 
 
-def feeds_of_shape(engine: LoadedEngine, shapes: Mapping[str, Shape], seed: int = 0) -> dict[str, Array]:
-    """Random inputs of an engine: floats standard normal, whole numbers 0 or 1."""
+def feeds_of_shape(loaded: LoadedEngine, shapes: Mapping[str, Shape], seed: int = 0) -> dict[str, Array]:
+    """Random inputs: floats standard normal, whole numbers 0 or 1."""
     generator = np.random.default_rng(seed)
     feeds = {}
-    for spec in engine.inputs:
+    for spec in loaded.inputs:
         shape = shapes[spec.name]
         if np.dtype(spec.dtype).kind == "f":
             feeds[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
@@ -497,8 +497,8 @@ def _make_profiler(trt: Any) -> Any:
     return Profiler()
 
 
-def iterate_profiles(engine: LoadedEngine, shapes: Mapping[str, Shape]) -> Iterator[int]:
+def iterate_profiles(loaded: LoadedEngine, shapes: Mapping[str, Shape]) -> Iterator[int]:
     """Every profile that admits the shapes."""
-    for index, profile in enumerate(engine.profiles):
+    for index, profile in enumerate(loaded.profiles):
         if all(profile[name].admits(tuple(shape)) for name, shape in shapes.items()):
             yield index

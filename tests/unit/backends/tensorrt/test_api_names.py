@@ -50,6 +50,8 @@ LEGACY = {
     "IBuilderConfig.set_calibration_profile": "TensorRT's calibrator, until 10",
     "IInt8EntropyCalibrator2": "TensorRT's calibrator, until 10",
     "IInt8MinMaxCalibrator": "TensorRT's calibrator, until 10",
+    "ICudaEngine.create_execution_context_without_device_memory": "until 10; later ones take a strategy",
+    "ICudaEngine.device_memory_size": "until 10; later ones have device_memory_size_v2",
     "BuilderFlag.FP16": "precision in flags, until 10",
     "BuilderFlag.INT8": "precision in flags, until 10",
     "BuilderFlag.PREFER_PRECISION_CONSTRAINTS": "precision in flags, until 10",
@@ -138,7 +140,9 @@ SINCE = {
     "IProgressMonitor", "BuilderFlag.REFIT_IDENTICAL", "BuilderFlag.STRIP_PLAN", "BuilderFlag.WEIGHT_STREAMING",
     "BuilderFlag.VERSION_COMPATIBLE", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "IPluginRegistry.load_library",
     "HardwareCompatibilityLevel.AMPERE_PLUS", "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
-    "HardwareCompatibilityLevel.NONE", "TensorFormat.DHWC",
+    "HardwareCompatibilityLevel.NONE", "TensorFormat.DHWC", "ExecutionContextAllocationStrategy",
+    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.device_memory_size_v2",
+    "IExecutionContext.set_device_memory",
 }  # fmt: skip
 """Missing in 8.5: the code asks for the release, or `limits` refuses the option, before it uses them."""
 
