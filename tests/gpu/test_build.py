@@ -315,8 +315,8 @@ from gpuopt.shapes import ShapeRange
 cuda.init()
 context = cuda.Device(0).retain_primary_context()
 context.push()
-taken = cuda.mem_alloc(cuda.mem_get_info()[0] - (1 << 30))
-shape = (64, 64, 256, 256)
+taken = cuda.mem_alloc(cuda.mem_get_info()[0] - (3 << 30))
+shape = (64, 64, 512, 512)
 try:
     build("tensorrt", Path(sys.argv[1]), ({"x": ShapeRange(shape, shape, shape)},),
           BuildOptions(precision="fp32", tactic_sources=tuple(sys.argv[2:])), Silent())
@@ -335,7 +335,7 @@ def test_a_full_gpu_is_told_as_such(trt: ModuleType, options: BuildOptions, tmp_
     model = network()
     for value in [*model.graph.input, *model.graph.output]:
         for axis in (2, 3):
-            value.type.tensor_type.shape.dim[axis].dim_value = 256
+            value.type.tensor_type.shape.dim[axis].dim_value = 512
     del model.graph.value_info[:]
     path = onnx_model.save(model, tmp_path)
     command = [sys.executable, "-c", _FULL_GPU, str(path), *options.tactic_sources]
