@@ -39,11 +39,9 @@ OUT_OF_MEMORY = "out of memory"
 CAUSES = (
     Cause(
         "no driver",
-        r"cudaError 35|insufficient for CUDA runtime|CUDA initialization failure|no CUDA-capable device|"
-        r"CHECK\(status == CUDA_SUCCESS\)",
+        r"cudaError 35|insufficient for CUDA runtime|CUDA initialization failure|no CUDA-capable device",
         "it needs an NVIDIA GPU and a current driver for this build",
-        "Build on the machine with the GPU. TensorRT-RTX needs one for refit, strip_weights and the compute "
-        "capability 'current' alone.",
+        "Build on the machine with the GPU. TensorRT-RTX needs one for the compute capability 'current' alone.",
         RequirementError,
     ),
     Cause(
@@ -136,6 +134,13 @@ CAUSES = (
         r"[Tt]iming cache.{0,40}(?:miss|mismatch)",
         "the timing cache does not fit this build",
         "Delete it or name another one: --timing-cache FILE.",
+    ),
+    Cause(
+        "CUDA",
+        r"CHECK\(status == CUDA_SUCCESS\)",
+        "a call of the GPU's driver failed",
+        "TensorRT-RTX needs a GPU for refit and strip_weights; 'nvidia-smi' shows whether there is one.",
+        RequirementError,
     ),
     Cause(
         "library missing",

@@ -97,12 +97,15 @@ def make_builder(target: str, trt: ModuleType, log: Any) -> Any:
 
     Raises:
         RequirementError: there is no usable driver.
+        BuildError: the GPU's memory does not suffice for the builder itself.
     """
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):  # how pybind11 reports a constructor that gave nothing
         builder = None
     if builder is None:
+        if diagnosis.find(log.messages).cause.name == diagnosis.OUT_OF_MEMORY:
+            raise diagnosis.builder_error(f"{target} {trt.__version__}", log.messages)
         lines = log.messages["ERROR"] or log.messages["WARNING"]
         said = f": {lines[-1][:200]}" if lines else ""
         raise RequirementError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,8 @@ def test_the_list_is_that_of_the_bindings_where_they_are_installed() -> None:
     bindings = importlib.util.find_spec("tensorrt_bindings")
     if bindings is None or not bindings.submodule_search_locations:
         pytest.skip("tensorrt_cu13_bindings is not installed")
+    if missing := [tool for tool in ("cc", "nm", "readelf") if shutil.which(tool) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
     folder = Path(next(iter(bindings.submodule_search_locations)))
     module = tensorrt_names.in_a_process_of_its_own(folder)
     label = next((name for name, version in tensorrt_names.releases().items() if version == module.version), None)

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from gpuopt import onnx_model
+from gpuopt import environment, onnx_model
 from gpuopt.backends.tensorrt import builder, repairs
 from gpuopt.backends.tensorrt.builder import BuiltEngine, build
 from gpuopt.backends.tensorrt.options import BuildOptions
-from gpuopt.errors import BuildError, UsageError
+from gpuopt.errors import BuildError, RequirementError, UsageError
 from gpuopt.progress import Silent
 from gpuopt.shapes import Profile, ShapeRange
 from tests.unit.backends.tensorrt.test_repairs import PROFILES, fp16_int8
@@ -47,6 +47,14 @@ def test_what_was_applied_is_told(tmp_path: Path) -> None:
     assert built.seconds > 0
     assert built.io_dtypes["x"] == "float32"
     assert (built.timing_cache, built.calibration_cache, built.repairs) == (None, None, ())
+
+
+@pytest.mark.skipif(bool(environment.gpus()), reason="with a GPU it builds")
+@pytest.mark.parametrize("option", ["refit", "strip_weights"])
+def test_refit_needs_a_gpu(tmp_path: Path, option: str) -> None:
+    with pytest.raises(RequirementError, match="GPU's driver failed") as caught:
+        rtx(depthwise_block(decades=0.5), tmp_path, **{option: True})
+    assert "refit and strip_weights" in caught.value.hint
 
 
 def test_several_profiles_go_into_one_engine(tmp_path: Path) -> None:
