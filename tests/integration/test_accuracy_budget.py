@@ -129,7 +129,7 @@ def test_a_budget_that_cannot_be_held_says_how_near_it_came(compiled: Any, proje
     error = result.report()["error"]
     assert error["stage"] == "fallback"
     assert "cannot be held" in error["message"]
-    assert "3 of 4 nodes in FP16" in error["message"]
+    assert "4 of 5 nodes in FP16" in error["message"]
     assert "too low" in error["message"]
     assert len(result.stderr.split("gpuopt: accuracy error")[1].splitlines()) <= 4
 
@@ -252,7 +252,7 @@ def test_a_killed_analysis_goes_on_where_it_was(project: Path, own: dict[str, st
     second = runner(Silent())
     second.run(until="analyze")
     said = second.results[-1].entry.facts
-    assert said["nodes"] == 4
+    assert said["nodes"] == 5
     assert said["resumed_nodes"] >= 2
     assert finished > 0
     assert not journal.exists()

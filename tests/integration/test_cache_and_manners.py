@@ -36,21 +36,21 @@ def test_what_changed_runs_again_and_nothing_before(gpuopt: Gpuopt, model: Path,
     assert not any(stages(run()).values())
     assert all(stages(run()).values())
 
-    method = run("--calibration-method", "minmax")
+    method = run("--calibration-method", "percentile")
     assert stages(method) == {
         "samples": True, "export": True, "simplify": True, "equalize": False, "calibrate": False,
         "quantize": False, "correct": False, "cast": False, "build": False, "verify": False,
     }  # fmt: skip
-    assert 'calibrate.method changed from "auto" to "minmax"' in method.stderr
+    assert 'calibrate.method changed from "auto" to "percentile"' in method.stderr
     assert "its input ranges changed" in method.stderr
 
     small.save_data(tmp_path / "calibration.npz", seed=1)
-    data = run("--calibration-method", "minmax")
+    data = run("--calibration-method", "percentile")
     assert stages(data)["equalize"] is False
     assert stages(data)["calibrate"] is False
     assert "its input calibration data changed" in data.stderr
 
-    target = run("--calibration-method", "minmax", "--compute-capability", "8.6")
+    target = run("--calibration-method", "percentile", "--compute-capability", "8.6")
     assert [name for name, cached in stages(target).items() if not cached] == ["build"]
 
 
