@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx
 
-from gpuopt import onnx_model, reference
+from gpuopt import environment, onnx_model, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.comparison import SAME, first_difference
@@ -39,6 +39,8 @@ def run(context: StageContext) -> StageOutcome:
 
 def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
     """Write the simplified graph; the reason if it was not possible, nothing if it was."""
+    if not environment.has_module("onnxslim"):
+        return f"onnxslim is not installed: {environment.install_hint('onnxslim')}"
     import onnxslim
 
     copy = onnx.ModelProto()

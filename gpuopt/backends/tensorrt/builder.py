@@ -17,7 +17,7 @@ from typing import Any
 from gpuopt import environment
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.backends.tensorrt import calibrator as calibrators
-from gpuopt.backends.tensorrt import configuration, diagnosis, limits, timing_cache
+from gpuopt.backends.tensorrt import configuration, diagnosis, legacy, limits, timing_cache
 from gpuopt.backends.tensorrt import network as networks
 from gpuopt.backends.tensorrt.library import import_module, version
 from gpuopt.backends.tensorrt.options import BuildOptions
@@ -100,7 +100,8 @@ def build(
     )
     options = replace(options, workspace_bytes=wanted)
     with tempfile.TemporaryDirectory(prefix="gpuopt-build-") as scratch:
-        graph = _with_io_dtypes(target, trt, onnx_path, options, Path(scratch) / "io")
+        graph = _with_known_operators(target, trt, onnx_path, Path(scratch) / "known")
+        graph = _with_io_dtypes(target, trt, graph, options, Path(scratch) / "io")
         request = _Request(target, trt, graph, profiles, options)
         repaired: list[str] = []
         while True:
@@ -126,6 +127,18 @@ def _error(request: _Request, failure: _Failure, repaired: list[str]) -> GpuoptE
     if not repaired:
         return error
     return type(error)(f"{error.message} (tried in vain: {'; '.join(repaired)})", error.hint)
+
+
+def _with_known_operators(target: str, trt: ModuleType, onnx_path: Path, folder: Path) -> Path:
+    """The graph in operators that this release has."""
+    if target != "tensorrt" or version(trt) >= legacy.FIRST_WITH_LAYER_NORMALIZATION:
+        return onnx_path
+    import onnx
+
+    from gpuopt import onnx_model
+
+    replaced = legacy.without_layer_normalization(onnx.load(str(onnx_path)))
+    return onnx_model.save(replaced, folder) if replaced is not None else onnx_path
 
 
 def _with_io_dtypes(target: str, trt: ModuleType, onnx_path: Path, options: BuildOptions, folder: Path) -> Path:

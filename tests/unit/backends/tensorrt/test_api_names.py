@@ -38,7 +38,7 @@ VARIABLES = {
 }
 """What a variable of this name holds in gpuopt/backends/tensorrt, also with a `_` before it."""
 
-NOT_THE_LIBRARY = {"repairs.py": set(VARIABLES), "calibrator.py": {"context"}}
+NOT_THE_LIBRARY = {"repairs.py": set(VARIABLES), "legacy.py": set(VARIABLES), "calibrator.py": {"context"}}
 """Variables of such a name that hold ONNX or pycuda objects."""
 
 WITH_NAMES_IN_TEXT = ("configuration.py", "network.py", "calibrator.py")
