@@ -558,6 +558,12 @@ def bench(
     beside: Annotated[
         Path | None, typer.Option("--beside", metavar="ENGINE", help="Another engine to run at the same time.")
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline", metavar="NAME", help="As torch.compile or 'onnxruntime cuda'; repeatable. [default: all]"
+        ),
+    ] = None,
     baseline_python: Annotated[
         Path | None,
         typer.Option("--baseline-python", metavar="FILE", help="Python with torch or onnxruntime-gpu. [default: this]"),
@@ -577,6 +583,7 @@ def bench(
         batches=request.sizes(batches),
         streams=streams,
         beside=beside,
+        baselines=tuple(baseline or ()),
         baseline_python=baseline_python,
     )
     found = command.bench(asked, sys.argv, _progress(quiet))

@@ -43,10 +43,10 @@ def split(fold: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
     return images[train], labels[train], images[held_out], labels[held_out]
 
 
-def _resnet18() -> nn.Module:
-    from torchvision.models import resnet18
+def resnet18() -> nn.Module:
+    from torchvision import models
 
-    model = resnet18(num_classes=10)
+    model = models.resnet18(num_classes=10)
     # The stem for small images: 3x3, no pooling.
     model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -69,10 +69,10 @@ def _mobilenet_v2() -> nn.Module:
     return model
 
 
-def _mobilenet_v3() -> nn.Module:
-    from torchvision.models import mobilenet_v3_small
+def mobilenet_v3_small() -> nn.Module:
+    from torchvision import models
 
-    model = mobilenet_v3_small(num_classes=10)
+    model = models.mobilenet_v3_small(num_classes=10)
     model.features[0][0].stride = (1, 1)
     return model
 
@@ -102,10 +102,10 @@ class Recipe:
 
 
 NETWORKS = {
-    "resnet18": Recipe(_resnet18, 10, 64, 2e-3),
+    "resnet18": Recipe(resnet18, 10, 64, 2e-3),
     "regnet_x_400mf": Recipe(_regnet, 16, 64, 3e-3),
     "mobilenet_v2": Recipe(_mobilenet_v2, 20, 64, 3e-3),
-    "mobilenet_v3_small": Recipe(_mobilenet_v3, 40, 64, 4e-3),
+    "mobilenet_v3_small": Recipe(mobilenet_v3_small, 40, 64, 4e-3),
     "convnext_atto": Recipe(_convnext, 25, 64, 2e-3),
     "vit_tiny": Recipe(_vit, 80, 32, 1e-3),
 }

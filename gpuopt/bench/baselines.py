@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpuopt.bench.report import Row
-from gpuopt.errors import one_line
+from gpuopt.errors import UsageError, one_line
 from gpuopt.progress import Progress
 from gpuopt.shapes import Shape
 
@@ -26,8 +26,25 @@ KINDS = (
 _TIMEOUT_SECONDS = 600
 
 
+def kinds(names: Sequence[str]) -> tuple[str, ...]:
+    """The baselines whose names begin so; all without a name.
+
+    Raises:
+        UsageError: no baseline begins so.
+    """
+    for name in names:
+        if not any(kind.startswith(name) for kind in KINDS):
+            raise UsageError(f"there is no baseline '{name}'", f"Baselines: {'; '.join(KINDS)}. A beginning will do.")
+    return tuple(kind for kind in KINDS if not names or any(kind.startswith(name) for name in names))
+
+
 def rows(
-    folder: Path, shapes: Mapping[str, Shape], seconds: float, python: Path | None, progress: Progress
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    seconds: float,
+    python: Path | None,
+    progress: Progress,
+    wanted: Sequence[str] = KINDS,
 ) -> Iterator[Row]:
     """A row for every baseline: figures, or why there are none.
 
@@ -36,6 +53,7 @@ def rows(
         shapes: of the inputs.
         seconds: for each.
         python: the interpreter that has torch or onnxruntime-gpu; None: this one.
+        wanted: of `KINDS`.
     """
     batch = next(iter(shapes.values()))[0] if next(iter(shapes.values()), ()) else 1
     asked = {
@@ -44,7 +62,7 @@ def rows(
         "batch": batch,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
-    for kind in KINDS:
+    for kind in wanted:
         with progress.stage(f"bench {kind}"):
             answer = _ask({**asked, "kind": kind}, python)
         if "failed" in answer:

@@ -34,6 +34,7 @@ class Request:
         batches: batch sizes to sweep; empty: the profile's smallest, tuned and largest.
         streams: largest number of executions at once.
         beside: another engine to run at the same time; None: none.
+        baselines: beginnings of the names of those wanted; empty: all.
         baseline_python: the interpreter for the baselines; None: this one.
     """
 
@@ -43,6 +44,7 @@ class Request:
     batches: tuple[int, ...] = ()
     streams: int = 4
     beside: Path | None = None
+    baselines: tuple[str, ...] = ()
     baseline_python: Path | None = None
 
 
@@ -65,6 +67,7 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
     unknown = sorted(set(request.groups) - set(GROUPS))
     if unknown:
         raise UsageError(f"there is no group '{unknown[0]}'", f"Groups: {', '.join(GROUPS)}.")
+    kinds = baselines.kinds(request.baselines)
     found = _find(request.subject)
     rows: list[Row] = []
     warnings: list[str] = []
@@ -90,7 +93,7 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
             if target == "tensorrt-rtx":
                 warnings.append("TensorRT-RTX's licence may forbid publishing figures: read it before you do")
         if "baselines" in request.groups and found.folder is not None:
-            rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress)
+            rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress, kinds)
     warnings += state.warnings()
     return BenchReport(
         command=list(command),

@@ -51,6 +51,9 @@ def test_wrong_words_are_usage_errors(bundle: Path, gpuopt: Gpuopt) -> None:
     assert gpuopt("bench", bundle, "--only", "speed").code == 2
     assert gpuopt("bench", bundle, "--batches", "1,x").code == 2
     assert gpuopt("bench", bundle.parent / "net.pt").code == 2
+    unknown = gpuopt("bench", bundle, "--baseline", "tensorflow")
+    assert unknown.code == 2
+    assert "torch.compile" in unknown.stderr
     engine = bundle.parent / "alone.engine"
     engine.write_bytes(b"engine")
     alone = gpuopt("bench", engine)
@@ -59,6 +62,9 @@ def test_wrong_words_are_usage_errors(bundle: Path, gpuopt: Gpuopt) -> None:
 
 
 def test_another_interpreter_that_is_none_is_a_row_with_its_reason(bundle: Path, gpuopt: Gpuopt) -> None:
-    result = gpuopt("bench", bundle, "--only", "baselines", "--baseline-python", "/nowhere/python", "--json")
+    flags = ("--only", "baselines", "--baseline", "torch", "--baseline-python", "/nowhere/python")
+    result = gpuopt("bench", bundle, *flags, "--json")
     assert result.code == 0
-    assert all("/nowhere/python" in row["failed"] for row in json.loads(result.stdout)["rows"])
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["name"] for row in rows] == ["torch eager", "torch eager, CUDA stream", "torch.compile"]
+    assert all("/nowhere/python" in row["failed"] for row in rows)

@@ -1,0 +1,472 @@
+"""Engines on an NVIDIA GPU: gpuopt's precisions beside TensorRT's own calibrator and PyTorch, same models, same data.
+
+    python benchmarks/gpu.py prepare     # with torch: models, data, bundles without engines; PyTorch's times on a GPU
+    python benchmarks/gpu.py build       # with TensorRT: every engine, built and proved; torch is not needed
+    python benchmarks/gpu.py measure     # alone on the GPU: races, accuracy, gpuopt bench, --precision auto
+    python benchmarks/gpu.py tables      # benchmarks/results/gpu.md from benchmarks/results/gpu.json
+
+Without a word it does all four. Everything lies in benchmarks/.work/gpu or in --folder, which may be carried from one
+machine to another between the steps; what is there already is not made again.
+
+The ImageNet networks have random weights: their times are those of trained ones, their accuracy says nothing beyond
+the distance to PyTorch. The accuracy of INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's
+digits.
+
+What a time is: one inference of the batch, inputs and outputs on the GPU, launched as a CUDA graph where it says so,
+the next one enqueued before the last has ended; the engines of a network run in turn, round by round, in one process.
+The floor of a network is the larger of its operations over the GPU's peak and its bytes over the memory's rate, summed
+over the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE / ".work/gpu"
+RESULTS = HERE / "results"
+sys.path.insert(0, str(HERE.parent))
+
+LEGACY_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+"""Of TensorRT 8.5: those that need no cuBLAS and cuDNN, which newer machines do not have in its versions."""
+
+
+INPUT = "x"
+"""As the networks' `forward` calls it."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is compiled.
+
+    Attributes:
+        factory: of the model, without arguments.
+        shape: of one sample.
+        batches: smallest, tuned-for, largest.
+        trained: whether it has weights and held-out data of peers/networks.py under this name.
+        native: whether TensorRT's own calibrator makes an engine, too.
+        auto: whether `--precision auto` is run on it.
+        baselines: whether PyTorch's times are taken.
+        bench: groups of `gpuopt bench`.
+    """
+
+    name: str
+    factory: str
+    shape: tuple[int, ...]
+    batches: tuple[int, int, int]
+    trained: str = ""
+    native: bool = False
+    auto: bool = False
+    baselines: bool = False
+    bench: tuple[str, ...] = ()
+
+    def shapes(self) -> list[str]:
+        """Flags of the shape profile."""
+        sizes = ["x".join(map(str, (batch, *self.shape))) for batch in self.batches]
+        flags = ("--min-shapes", "--opt-shapes", "--max-shapes")
+        return [word for flag, size in zip(flags, sizes, strict=True) for word in (flag, f"{INPUT}:{size}")]
+
+
+_IMAGE = (3, 224, 224)
+_STATIC = ("latency", "phases", "overlap", "streams")
+NETWORKS = (
+    Network(
+        "resnet50-b1", "torchvision.models:resnet50", _IMAGE, (1, 1, 1), native=True, auto=True, baselines=True,
+        bench=_STATIC,
+    ),
+    Network(
+        "resnet50-b32", "torchvision.models:resnet50", _IMAGE, (32, 32, 32), native=True, baselines=True, bench=_STATIC
+    ),
+    Network(
+        "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=("latency", "batches", "memory")
+    ),
+    Network("mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True),
+    Network("vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True),
+    Network("digits-resnet18", "networks:resnet18", (3, 32, 32), (1, 64, 64), "resnet18", native=True),
+    Network(
+        "digits-mobilenet_v3_small", "networks:mobilenet_v3_small", (3, 32, 32), (1, 64, 64), "mobilenet_v3_small",
+        native=True,
+    ),
+)  # fmt: skip
+BESIDE = "mobilenet_v3_small/int8.gpuopt/model.tensorrt.engine"
+"""Runs beside another network's engine, below the bench's folder."""
+CALIBRATION_IMAGES = 32
+SAMPLES = "samples.npz"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things lie and which networks are asked for."""
+
+    folder: Path
+    networks: tuple[Network, ...]
+    jobs: int
+    seconds: float
+    groups: tuple[str, ...]
+    baselines: tuple[str, ...]
+
+    def home(self, network: Network) -> Path:
+        return self.folder / network.name
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(command: Sequence[str | Path], log: Path) -> str:
+    """Run to the end; its stdout, also where it failed: gpuopt's JSON tells why."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE / "peers"), os.environ.get("PYTHONPATH", "")])
+    started = time.monotonic()
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    log.write_text(" ".join(map(str, command)) + "\n" + done.stderr + done.stdout)
+    last = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    say(f"{log.parent.name}/{log.stem}: {time.monotonic() - started:.0f} s, code {done.returncode} {' '.join(last)}")
+    return done.stdout
+
+
+def gpuopt(*arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, "-m", "gpuopt", *arguments]
+
+
+def together(jobs: int, steps: Sequence[Callable[[], object]]) -> None:
+    """Run the steps side by side, first come first served."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(step) for step in steps]:
+            future.result()
+
+
+# prepare ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(bench: Bench) -> None:
+    """Models, calibration data and bundles; PyTorch's times where it finds a GPU."""
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    for network in bench.networks:
+        bench.home(network).mkdir(exist_ok=True)
+    together(bench.jobs, [lambda network=network: _prepare(bench, network) for network in bench.networks])
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _baselines(bench: Bench, network: Network) -> None:
+    told = bench.home(network) / "baselines.json"
+    if not network.baselines or told.is_file():
+        return
+    from gpuopt import environment
+
+    if environment.gpus():
+        with _ONE_AT_A_TIME:
+            kinds = [word for kind in bench.baselines for word in ("--baseline", kind)]
+            asked = ("bench", bench.home(network) / "fp16.gpuopt", "--only", "baselines", *kinds, "--seconds", "1")
+            run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
+
+
+def _prepare(bench: Bench, network: Network) -> None:
+    home = bench.home(network)
+    model: list[str | Path] = [network.factory]
+    if network.trained:
+        weights = home / "model.pth"
+        if not weights.is_file():
+            run([sys.executable, HERE / "peers/networks.py", network.trained, "0", home], home / "training.log")
+        model = [weights, "--model", network.factory]
+    if not (home / SAMPLES).is_file():
+        save_samples(home, network)
+    for precision in ("fp16", "int8", "fp32"):
+        folder = home / f"{precision}.gpuopt"
+        if folder.is_dir():
+            continue
+        flags = ("--opset", "17", "--set", "export.exporters=[torchscript]", "--set", "build.legacy=true")
+        run(
+            gpuopt(
+                "compile", *model, "-p", precision, "--no-build", "-t", "tensorrt", "-o", folder, *network.shapes(),
+                "-c", home / SAMPLES, *flags, "--cache-dir", bench.folder / "cache-prepare", "--json",
+            ),
+            home / f"prepare-{precision}.log",
+        )  # fmt: skip
+        if precision == "fp16":
+            _baselines(bench, network)
+
+
+def save_samples(home: Path, network: Network) -> None:
+    """The training images of a trained network; else random ones with structure at several scales, FP32."""
+    import numpy as np
+
+    if network.trained:
+        np.savez(home / SAMPLES, **{INPUT: np.load(home / "calibration.npz")["image"]})
+        return
+    count = CALIBRATION_IMAGES
+    generator = np.random.default_rng(0)
+    side = network.shape[-1]
+    images = np.zeros((count, *network.shape), np.float32)
+    for cells in (4, 14, 56):
+        coarse = generator.standard_normal((count, network.shape[0], cells, cells)).astype(np.float32)
+        images += np.kron(coarse, np.ones((1, 1, side // cells, side // cells), np.float32)) / 2
+    images += generator.standard_normal(images.shape).astype(np.float32) / 4
+    np.savez(home / SAMPLES, **{INPUT: images})
+
+
+# build --------------------------------------------------------------------------------------------------------------
+
+
+def build(bench: Bench) -> None:
+    """Every engine, several builders at a time."""
+    together(bench.jobs, [step for _, step in sorted(_builds(bench), key=lambda entry: entry[0])])
+
+
+def _sources() -> list[str]:
+    from gpuopt import environment
+
+    version = environment.tensorrt_version()
+    legacy = version is not None and version[0] == 8
+    return ["--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]"] if legacy else []
+
+
+def _builds(bench: Bench) -> list[tuple[int, Callable[[], object]]]:
+    """Steps with their rank: what takes longest comes first."""
+    found: list[tuple[int, Callable[[], object]]] = []
+    for network in bench.networks:
+        large = network.name.startswith("resnet50")
+        for precision in ("int8", "fp16"):
+            rank = (0 if precision == "int8" else 1) if large else 3
+            found.append((rank, lambda n=network, p=precision: _build_bundle(bench, n, p)))
+        if network.native:
+            found.append((0 if large else 2, lambda n=network: compile_onnx(bench, n, "native")))
+        if network.auto:
+            rank = 5 if large else 4
+            found += [(rank, lambda n=network, p=p: compile_onnx(bench, n, p)) for p in ("int8", "fp16", "fp32")]
+    return found
+
+
+def _passed(told: Path) -> bool:
+    """Whether a report is there, and not that of a failure."""
+    try:
+        return bool(json.loads(told.read_text())["status"] == "passed")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build_bundle(bench: Bench, network: Network, precision: str) -> None:
+    told = bench.home(network) / f"build-{precision}.json"
+    if not _passed(told):
+        asked = ("build", bench.home(network) / f"{precision}.gpuopt", "-t", "tensorrt", *_sources())
+        text = run(gpuopt(*asked, "--cache-dir", bench.folder / "cache", "--json"), told.with_suffix(".log"))
+        told.write_text(text)
+
+
+def compile_onnx(bench: Bench, network: Network, precision: str) -> None:
+    """Compile the FP32 graph; `native` is INT8 by TensorRT's own calibrator."""
+    home = bench.home(network)
+    told = home / f"compile-{precision}.json"
+    if _passed(told):
+        return
+    quantizer = ("--quantizer", "tensorrt") if precision == "native" else ()
+    checks = ("--set", "speed.check=false") if precision != "auto" else ()
+    asked = "int8" if precision == "native" else precision
+    text = run(
+        gpuopt(
+            "compile", home / "fp32.gpuopt/model.onnx", "-p", asked, *quantizer, "-t", "tensorrt",
+            "-o", home / f"onnx-{precision}.gpuopt", *network.shapes(), "-c", home / SAMPLES,
+            "--set", "verify.min_cosine=0", "--set", "verify.min_sqnr_db=0", *checks, *_sources(),
+            "--cache-dir", bench.folder / "cache", "--json",
+        ),
+        told.with_suffix(".log"),
+    )  # fmt: skip
+    told.write_text(text)
+
+
+# measure ------------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench) -> None:
+    """Alone on the GPU, one thing after another; what is most wanted comes first."""
+    steps: list[tuple[str, Network, Callable[[Network], Any]]] = []
+    steps += [("race", n, lambda n: race_engines(bench, n)) for n in bench.networks]
+    steps += [("accuracy", n, lambda n: accuracy(bench, n)) for n in bench.networks if n.trained]
+    steps += [("bench", n, lambda n: _bench(bench, n)) for n in bench.networks if n.bench]
+    steps += [("auto", n, lambda n: compile_onnx(bench, n, "auto")) for n in bench.networks if n.auto]
+    steps += [("profile", n, lambda n: _profile(bench, n)) for n in bench.networks if n.baselines]
+    for name, network, step in steps:
+        if name not in bench.groups:
+            continue
+        started = time.monotonic()
+        told = bench.home(network) / f"{name}.json"
+        try:
+            answer = step(network)
+            if answer is not None:
+                told.write_text(json.dumps(answer, indent=1))
+        except Exception as error:  # one figure less, and the reason for it
+            say(f"{network.name}/{name} failed: {error!r}")
+        say(f"{network.name}/{name}: {time.monotonic() - started:.1f} s")
+        collect(bench)
+
+
+def engines_of(bench: Bench, network: Network) -> dict[str, Path]:
+    """Engines by what made them."""
+    home, file = bench.home(network), "model.tensorrt.engine"
+    folders = {"fp16": "fp16.gpuopt", "int8": "int8.gpuopt", "tensorrt int8": "onnx-native.gpuopt"}
+    folders |= {"fp32": "onnx-fp32.gpuopt"}
+    found = {name: home / folder / file for name, folder in folders.items() if (home / folder / file).is_file()}
+    # Where a limit of accuracy was missed the engine lies beside the bundle's place.
+    for name, folder in folders.items():
+        failed = home / f"{folder}.failed" / file
+        if name not in found and failed.is_file():
+            found[name] = failed
+    return found
+
+
+def race_engines(bench: Bench, network: Network) -> Any:
+    """All engines of a network in turn, as CUDA graphs."""
+    from contextlib import ExitStack
+
+    from gpuopt import engine_record
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+    from gpuopt.bench.measuring import race
+    from gpuopt.bench.subjects import EngineSubject
+    from gpuopt.cuda.device import Device
+
+    subjects: dict[str, Any] = {}
+    with Device() as device, ExitStack() as stack:
+        for name, path in engines_of(bench, network).items():
+            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path)))
+            shapes = {n: bounds.opt for n, bounds in engine.profiles[0].items()}
+            execution = stack.enter_context(engine.execution(shapes))
+            execution.run(feeds_of_shape(engine, shapes))
+            subjects[name] = EngineSubject(execution)
+        found = race(subjects, seconds=bench.seconds)
+        subjects.clear()
+        gpu = device.name
+    names = list(found.milliseconds)
+    ratios = {
+        f"{one} / {other}": vars(found.ratio(one, other)) for one in names for other in ("fp16", "tensorrt int8")
+        if one != other and other in names
+    }  # fmt: skip
+    spread = {name: [min(rounds), max(rounds)] for name, rounds in found.rounds.items()}
+    return {"gpu": gpu, "milliseconds": dict(found.milliseconds), "spread": spread, "ratios": ratios}
+
+
+def accuracy(bench: Bench, network: Network) -> Any:
+    """Held-out answers of the engines against PyTorch's FP32."""
+    import numpy as np
+
+    import gpuopt as package
+
+    data = np.load(bench.home(network) / "evaluation.npz")
+    images, labels, wanted = data["image"], data["label"], data["logits"].astype(np.float64)
+    answer: dict[str, Any] = {"fp32": {"accuracy": float((wanted.argmax(1) == labels).mean()), "images": len(labels)}}
+    for name, path in engines_of(bench, network).items():
+        with package.load(path) as engine:
+            batch = network.batches[2]
+            parts = [engine.infer({INPUT: part}) for part in np.split(images, range(batch, len(images), batch))]
+        logits = np.concatenate([next(iter(part.values())) for part in parts]).astype(np.float64)
+        noise = float(((logits - wanted) ** 2).sum())
+        answer[name] = {
+            "accuracy": float((logits.argmax(1) == labels).mean()),
+            "same": float((logits.argmax(1) == wanted.argmax(1)).mean()),
+            "sqnr_db": float(10 * np.log10((wanted**2).sum() / noise)),
+        }
+    return answer
+
+
+def _bench(bench: Bench, network: Network) -> None:
+    home = bench.home(network)
+    for precision in ("int8", "fp16"):
+        only = [word for group in network.bench for word in ("--only", group)]
+        beside = ("--beside", bench.folder / BESIDE) if "memory" in network.bench else ()
+        asked = ("bench", home / f"{precision}.gpuopt", *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
+        told = home / f"bench-{precision}.json"
+        run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
+
+
+def _profile(bench: Bench, network: Network) -> None:
+    for precision in ("int8", "fp16"):
+        told = bench.home(network) / f"profile-{precision}.json"
+        asked = ("profile", bench.home(network) / f"{precision}.gpuopt", "--json", "--output", told)
+        run(gpuopt(*asked), told.with_suffix(".log"))
+
+
+# tables -------------------------------------------------------------------------------------------------------------
+
+
+def collect(bench: Bench) -> dict[str, Any]:
+    """All answers in one document, without the lists of layers: `results.json` in the folder."""
+    found: dict[str, Any] = {}
+    for network in bench.networks:
+        entries = found.setdefault(network.name, {"batch": network.batches[1]})
+        for path in sorted(bench.home(network).glob("*.json")):
+            try:
+                entries[path.stem] = _digest(path.stem, json.loads(path.read_text()))
+            except ValueError:
+                entries[path.stem] = {"failed": "no JSON"}
+    (bench.folder / "results.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _digest(kind: str, document: Mapping[str, Any]) -> Any:
+    """What the tables need, and what makes a figure believable."""
+    if kind.startswith(("build-", "compile-")):
+        engine: Mapping[str, Any] = next((e for e in document.get("engines", []) if e["target"] == "tensorrt"), {})
+        proof = {k: v for k, v in (engine.get("proof") or {}).items() if k != "layers"}
+        race = document.get("race")
+        stages = {s["name"]: s["seconds"] for s in document.get("stages", [])}
+        facts: Mapping[str, Any] = next((s["facts"] for s in document.get("stages", []) if s["name"] == "build"), {})
+        kept = {k: facts.get(k) for k in ("library_version", "gpu", "options", "timing_cache", "repairs", "size_bytes")}
+        return {
+            "status": document.get("status"), "error": document.get("error"), "precision": document.get("precision"),
+            "proof": proof, "race": race, "stage_seconds": stages, "build": kept, "warnings": document.get("warnings"),
+        }  # fmt: skip
+    if kind.startswith("profile-"):
+        return {k: document.get(k) for k in ("where", "latency_ms", "sum_ms", "floor_ms", "peak", "modules")}
+    if kind.startswith(("bench-", "baselines")):
+        return {k: v for k, v in document.items() if k not in ("environment", "command")}
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help="prepare, build, measure, tables; default: all")
+    parser.add_argument("--folder", type=Path, default=WORK)
+    names = [network.name for network in NETWORKS]
+    parser.add_argument("--network", action="append", choices=names, help="repeatable; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
+    parser.add_argument("--group", action="append", help="of measure: race, accuracy, bench, auto, profile; repeatable")
+    parser.add_argument("--baseline", action="append", help="of gpuopt bench; repeatable; default: all")
+    options = parser.parse_args()
+    from gpuopt import environment
+
+    reason = environment.why_not_run("tensorrt")
+    if not options.steps and reason:
+        say(f"gpu.py: nothing was measured: {reason}")
+        return
+    networks = tuple(network for network in NETWORKS if network.name in (options.network or names))
+    groups = tuple(options.group or ("race", "accuracy", "bench", "auto", "profile"))
+    baselines = tuple(options.baseline or ())
+    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, baselines)
+    steps = {"prepare": prepare, "build": build, "measure": measure, "collect": collect, "tables": tables}
+    for name in options.steps or ("prepare", "build", "measure", "tables"):
+        if name not in steps:
+            parser.error(f"there is no step '{name}'")
+        steps[name](bench)
+
+
+def tables(bench: Bench) -> None:
+    raise SystemExit("to come")
+
+
+if __name__ == "__main__":
+    main()
