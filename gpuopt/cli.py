@@ -74,6 +74,10 @@ _debug = False
 _answered = False
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+PluginFlag = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Plugin library that the engine was built with; it runs code."),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; errors only.")]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also show the facts of every stage on stderr.")]
 CacheOption = Annotated[
@@ -558,6 +562,7 @@ def bench(
     beside: Annotated[
         Path | None, typer.Option("--beside", metavar="ENGINE", help="Another engine to run at the same time.")
     ] = None,
+    plugins: PluginFlag = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -583,6 +588,7 @@ def bench(
         batches=request.sizes(batches),
         streams=streams,
         beside=beside,
+        plugins=tuple(plugins or ()),
         baselines=tuple(baseline or ()),
         baseline_python=baseline_python,
     )
@@ -606,6 +612,7 @@ def profile(
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Chrome trace of the PyTorch model: .json or .json.gz."),
     ] = None,
+    plugins: PluginFlag = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -614,7 +621,7 @@ def profile(
     from gpuopt.profiling import command
     from gpuopt.storage import write_text
 
-    found = command.profile(subject, iterations, sys.argv, _progress(quiet))
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet), plugins or ())
     if trace is not None:
         command.trace(subject, trace)
     document = found.model_dump_json(indent=2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from gpuopt.shapes import Profile, Shape, TensorSpec, format_shape
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from gpuopt.backends.tensorrt.runtime import Execution
+    from gpuopt.backends.tensorrt.runtime import Execution, Trust
     from gpuopt.cuda.graph import Graph
 
 Array = npt.NDArray[Any]
@@ -76,6 +76,8 @@ def load(
     target: EngineTarget | None = None,
     device: int = 0,
     cuda_graph: bool = False,
+    plugins: Sequence[str | Path] = (),
+    allow_host_code: bool = False,
 ) -> Engine:
     """Open a bundle's folder or a serialized engine.
 
@@ -84,6 +86,8 @@ def load(
         target: which of a bundle's engines; None: TensorRT where it can run here, else ONNX Runtime.
         device: index of the GPU.
         cuda_graph: run each shape as a CUDA graph: less work for the CPU, the same results.
+        plugins: libraries of TensorRT plugins that the engine was built with; loading them runs their code.
+        allow_host_code: let a version-compatible engine run the runtime that it carries.
 
     Raises:
         StorageError: nothing there, or the bundle is damaged.
@@ -104,7 +108,9 @@ def load(
                 f"It holds {', '.join(present) or 'no engine'}; see gpuopt build.",
             )
         path = present[chosen]
-    return _TensorRTEngine(path, device, cuda_graph)
+    from gpuopt.backends.tensorrt.runtime import Trust
+
+    return _TensorRTEngine(path, device, cuda_graph, Trust([Path(name) for name in plugins], allow_host_code))
 
 
 def _best(present: Mapping[EngineTarget, Path]) -> EngineTarget:
@@ -137,7 +143,7 @@ def as_arrays(feeds: Mapping[str, Any], inputs: tuple[TensorSpec, ...]) -> dict[
 
 
 class _TensorRTEngine(Engine):
-    def __init__(self, path: Path, index: int, cuda_graph: bool) -> None:
+    def __init__(self, path: Path, index: int, cuda_graph: bool, trust: Trust) -> None:
         from gpuopt.backends.tensorrt.runtime import LoadedEngine
         from gpuopt.cuda.device import Device
 
@@ -145,7 +151,7 @@ class _TensorRTEngine(Engine):
         self._device = Device(index)
         try:
             with self._device.activate():
-                self._engine = LoadedEngine.open(path, self._device, record)
+                self._engine = LoadedEngine.open(path, self._device, record, trust=trust)
         except BaseException:
             self._device.close()
             raise

@@ -18,6 +18,7 @@ from gpuopt.errors import GpuoptError, described
 
 _WHOLE_CALL = "a whole call: inputs and outputs in host memory"
 _ON_GPU = "compute alone, inputs and outputs stay on the GPU"
+_ORT_ON_GPU = f"{_ON_GPU}; ONNX Runtime waits at the end of each call"
 
 
 class _RefusedError(Exception):
@@ -125,7 +126,7 @@ def _onnxruntime(
         except Exception as error:
             rows.append(Row(group="", name=name, batch=batch, includes="", failed=described(error)))
             continue
-        rows.append(row("", name, batch, _ON_GPU, found))
+        rows.append(row("", name, batch, _ORT_ON_GPU, found))
     return rows
 
 

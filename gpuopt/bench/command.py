@@ -34,6 +34,7 @@ class Request:
         batches: batch sizes to sweep; empty: the profile's smallest, tuned and largest.
         streams: largest number of executions at once.
         beside: another engine to run at the same time; None: none.
+        plugins: libraries that the engines were built with; they run code.
         baselines: beginnings of the names of those wanted; empty: all.
         baseline_python: the interpreter for the baselines; None: this one.
     """
@@ -44,6 +45,7 @@ class Request:
     batches: tuple[int, ...] = ()
     streams: int = 4
     beside: Path | None = None
+    plugins: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = ()
     baseline_python: Path | None = None
 
@@ -85,16 +87,19 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
 
             record = engine_record.read(found.engine)
             target, version, subject = record.target, record.library_version, found.engine.name
-            measured = engines.EngineBench(found.engine, record, request, progress)
-            with measured:
+            with engines.EngineBench(found.engine, record, request, progress) as measured:
                 gpu = measured.device.name
                 rows += measured.rows(shapes)
                 memory = measured.memory
             if target == "tensorrt-rtx":
                 warnings.append("TensorRT-RTX's licence may forbid publishing figures: read it before you do")
-        if "baselines" in request.groups and found.folder is not None:
-            rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress, kinds)
+    # Their processes use the GPU, too: the watch over it is closed before.
+    if "baselines" in request.groups and found.folder is not None:
+        rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress, kinds)
     warnings += state.warnings()
+    warnings += [
+        f"{r.group}, {r.name}: its timings were not steady after the warm-up" for r in rows if r.was_steady is False
+    ]
     return BenchReport(
         command=list(command),
         gpuopt_version=gpuopt.__version__,
@@ -142,10 +147,9 @@ def _shapes(found: _Found) -> dict[str, Shape]:
 
 
 def _pci_bus_id() -> str | None:
-    from gpuopt.cuda.device import Device
+    from gpuopt.cuda.device import pci_bus_id
 
     try:
-        with Device() as device:
-            return device.pci_bus_id
+        return pci_bus_id()
     except GpuoptError:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,11 @@ class Conditions:
     def warnings(self) -> list[str]:
         """One line for each thing that spoils figures."""
         lines = [
-            f"the GPU was held back during {share:.0%} of the run: {reason}; its figures are too low"
+            f"the GPU was held back during {share:.0%} of the run: {reason}; it is faster without that"
             for reason, share in self.held_back.items()
         ]
         if self.others:
-            lines.append(f"{len(self.others)} other processes used the GPU; its figures are too low")
+            lines.append(f"{len(self.others)} other processes used the GPU: it is faster alone")
         return lines
 
 
@@ -113,20 +113,29 @@ def _sample(pynvml: Any, handle: Any, found: Conditions, done: threading.Event) 
     seen: dict[str, int] = {}
     count = 0
     others: set[int] = set()
+    # One by one: what a GPU or a container does not tell must not hide the rest.
+    readings: tuple[Callable[[], object], ...] = (
+        lambda: found.sm_mhz.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        lambda: found.memory_mhz.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+        lambda: found.celsius.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+        lambda: found.watts.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        lambda: others.update(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+    )
     while True:
         with contextlib.suppress(pynvml.NVMLError):
-            count += 1
-            found.sm_mhz.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-            found.memory_mhz.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM))
-            found.celsius.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-            found.watts.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
             bits = reasons(handle)
+            count += 1
             for bit, reason in _SLOWDOWNS.items():
                 if bits & bit:
                     seen[reason] = seen.get(reason, 0) + 1
-            others |= {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)} - {os.getpid()}
+        for reading in readings:
+            with contextlib.suppress(pynvml.NVMLError):
+                reading()
         if done.wait(_INTERVAL):
             break
+    others.discard(os.getpid())
+    if not count:
+        found.note = "this GPU does not tell whether it was held back"
     found.held_back = {reason: hits / count for reason, hits in seen.items()}
     # In a container NVML tells host process ids, ours among them: one is no proof of a neighbour.
     found.others = sorted(others) if len(others) > 1 else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +59,7 @@ class Measurement:
 def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
     """Warm up until timings are steady, then time single inferences and rounds of many."""
     settings = settings or Settings()
-    warm_up, was_steady = _warm_up(subject, settings)
+    before, was_steady = warm_up(subject, settings)
     timings: list[float] = []
     started = time.perf_counter()
     while len(timings) < settings.least or (
@@ -68,20 +68,35 @@ def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
         timings.append(_once(subject))
     per_round = max(1, int(settings.seconds / 2 / _ROUNDS / max(summarize(timings).mean / 1000, 1e-6)))
     rounds = sorted(subject.run_many(min(per_round, settings.most)) for _ in range(_ROUNDS))
-    return Measurement(summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(warm_up), was_steady)
+    return Measurement(summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(before), was_steady)
 
 
 _ROUNDS = 7
+_SHORTEST_WARM_UP = 0.5
+_WINDOW_SECONDS = 0.1
 
 
-def _warm_up(subject: Subject, settings: Settings) -> tuple[list[float], bool]:
+def warm_up(subject: Subject, settings: Settings | None = None) -> tuple[list[float], bool]:
+    """Run until timings are steady, and half a second at least: clocks take some tenths of a second to rise.
+
+    Returns:
+        Milliseconds of each run, and whether they became steady before `warm_up_seconds` were over.
+    """
+    settings = settings or Settings()
     timings: list[float] = []
     started = time.perf_counter()
-    while not is_steady(timings):
-        if timings and time.perf_counter() - started > settings.warm_up_seconds:
+    spent = 0.0
+    while spent < min(_SHORTEST_WARM_UP, settings.warm_up_seconds) or not is_steady(timings, _window(timings)):
+        if timings and spent > settings.warm_up_seconds:
             return timings, False
         timings.append(_once(subject))
+        spent = time.perf_counter() - started
     return timings, True
+
+
+def _window(timings: Sequence[float]) -> int:
+    """How many timings a window of the warm-up has, by what one takes lately."""
+    return int(_WINDOW_SECONDS * 1000 / max(timings[-1], 1e-3))
 
 
 def _once(subject: Subject) -> float:
@@ -126,7 +141,7 @@ def race(
     """
     counts = {}
     for name, subject in subjects.items():
-        _warm_up(subject, Settings(warm_up_seconds=1.0))
+        warm_up(subject, Settings(warm_up_seconds=1.0))
         once = subject.run_many(10)
         counts[name] = max(3, min(2000, int(seconds / rounds / len(subjects) / max(once / 1000, 1e-6))))
     taken: dict[str, list[float]] = {name: [] for name in subjects}

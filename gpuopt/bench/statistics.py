@@ -64,12 +64,17 @@ def _percentile(ordered: Sequence[float], quantile: float) -> Percentile:
     return Percentile(value, ordered[low - 1] if inside else None, ordered[high - 1] if inside else None)
 
 
-def is_steady(milliseconds: Sequence[float]) -> bool:
-    """Whether warm-up is over: the medians of the last two windows of 20 timings differ by at most 2 %."""
-    if len(milliseconds) < 2 * _WINDOW:
+def is_steady(milliseconds: Sequence[float], window: int = 0) -> bool:
+    """Whether warm-up is over: the medians of the last two windows of timings differ by at most 2 %.
+
+    Args:
+        window: timings in one; 20 at least.
+    """
+    window = max(window, _WINDOW)
+    if len(milliseconds) < 2 * window:
         return False
-    before = statistics.median(milliseconds[-2 * _WINDOW : -_WINDOW])
-    after = statistics.median(milliseconds[-_WINDOW:])
+    before = statistics.median(milliseconds[-2 * window : -window])
+    after = statistics.median(milliseconds[-window:])
     return abs(after - before) <= _SETTLED * max(before, 1e-9)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuopt.backends.tensorrt.runtime import Execution, Part
+from gpuopt.cuda.stream import Event
 
 Array = npt.NDArray[Any]
 ALL_PARTS: tuple[Part, ...] = ("copy_in", "compute", "copy_out")
@@ -41,6 +42,10 @@ class EngineSubject:
     def wait(self) -> None:
         """Wait for what was enqueued."""
         self._execution.wait()
+
+    def record(self) -> Event:
+        """An event behind what was enqueued."""
+        return self._execution.stream.record()
 
     def run(self) -> None:
         self.enqueue()

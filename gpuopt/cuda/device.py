@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ class _Closable(Protocol):
 
 
 _open_devices: weakref.WeakSet[Device] = weakref.WeakSet()
+_entered_devices: set[Device] = set()
 
 
 class Device:
@@ -30,7 +32,6 @@ class Device:
         compute_capability: as `9.0`.
         driver_version: the newest CUDA version that the driver supports, as `13.0`.
         total_bytes: of its memory.
-        pci_bus_id: as NVML takes it.
 
     Raises:
         RequirementError: pycuda, the driver or the GPU is missing.
@@ -49,7 +50,6 @@ class Device:
         version = driver.get_driver_version()
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
         self.total_bytes: int = device.total_memory()
-        self.pci_bus_id: str = device.pci_bus_id()
         self._context: Any = device.retain_primary_context()
         self._owned: list[weakref.ref[_Closable]] = []
         self._entered = 0
@@ -58,6 +58,7 @@ class Device:
     def __enter__(self) -> Device:
         self._context.push()
         self._entered += 1
+        _entered_devices.add(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -67,8 +68,9 @@ class Device:
                 self._close_owned()
         finally:
             _driver().Context.pop()
-        if not self._entered:
-            self._release()
+            if not self._entered:
+                _entered_devices.discard(self)
+                self._release()
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -103,15 +105,41 @@ class Device:
         self._release()
 
     def _close_owned(self) -> None:
-        while self._owned:
-            thing = self._owned.pop()()
-            if thing is not None:
-                thing.close()
+        with contextlib.ExitStack() as stack:
+            for reference in self._owned:
+                if (thing := reference()) is not None:
+                    stack.callback(thing.close)
+            self._owned.clear()
 
     def _release(self) -> None:
         context, self._context = self._context, None
         if context is not None:
+            before = _current_context()
             context.detach()
+            # pycuda makes a context current to let it go, and leaves it so where it is a primary one.
+            if _current_context() != before:
+                ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def pci_bus_id(index: int = 0) -> str:
+    """Of a GPU, as NVML takes it; makes no context.
+
+    Raises:
+        RequirementError: pycuda, the driver or the GPU is missing.
+    """
+    driver = _driver()
+    if index >= driver.Device.count():
+        raise RequirementError(
+            f"there is no GPU {index}: the driver reports {driver.Device.count()}", "'gpuopt doctor' lists them."
+        )
+    return str(driver.Device(index).pci_bus_id())
+
+
+def _current_context() -> int | None:
+    """Address of the driver's current context in this thread."""
+    found = ctypes.c_void_p()
+    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(found))
+    return found.value
 
 
 def _driver() -> Any:
@@ -133,7 +161,7 @@ def _driver() -> Any:
 @atexit.register
 def _close_all() -> None:
     """Before the interpreter goes: pycuda ends the process with an abort if it finds a current context then."""
-    for device in list(_open_devices):
+    for device in [*_entered_devices, *_open_devices]:
         with contextlib.suppress(Exception):
             while device._entered:
                 device.__exit__()

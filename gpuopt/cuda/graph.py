@@ -72,6 +72,7 @@ def _checked(driver: Any, answer: tuple[Any, ...]) -> Any:
     code, *values = answer
     if code != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(
-            f"the work cannot be captured in a CUDA graph: {code.name}", "Run without CUDA graphs (--no-cuda-graph)."
+            f"the work cannot be captured in a CUDA graph: {code.name}",
+            "Run it without: cuda_graph=False.",
         )
     return values[0] if values else None

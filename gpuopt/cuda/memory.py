@@ -111,6 +111,10 @@ class PinnedPool:
         """What is in use."""
         return int(self._pool.active_bytes)
 
+    def trim(self) -> None:
+        """Give memory that is not in use back to the system."""
+        self._pool.free_held()
+
     def close(self) -> None:
         """Keep nothing any more; arrays still in use stay valid."""
         pool, self._pool = self._pool, None

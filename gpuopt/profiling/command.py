@@ -56,7 +56,9 @@ class ProfileReport(BaseModel):
     environment: dict[str, Any]
 
 
-def profile(subject: Path, iterations: int, command: Sequence[str], progress: Progress) -> ProfileReport:
+def profile(
+    subject: Path, iterations: int, command: Sequence[str], progress: Progress, plugins: Sequence[Path] = ()
+) -> ProfileReport:
     """Time every layer of an engine; of a bundle whose engine cannot run here, every node in ONNX Runtime.
 
     Raises:
@@ -75,7 +77,7 @@ def profile(subject: Path, iterations: int, command: Sequence[str], progress: Pr
             peak = peak_of(devices[0].name) if devices else None
             if peak is None:
                 warnings.append("the peaks of this GPU are not in the table: no floors are told")
-            found = layers.of_engine(engine, _graph(folder, scratch), iterations, peak)
+            found = layers.of_engine(engine, _graph(folder, scratch), iterations, peak, plugins)
         elif folder is None:
             raise EngineError(f"{subject.name} cannot be run here: {missing}", "Run it where it was built.")
         else:

@@ -88,7 +88,9 @@ class Graph:
         )
 
 
-def of_engine(path: Path, graph: Graph | None, iterations: int, peak: Peak | None) -> Profile:
+def of_engine(
+    path: Path, graph: Graph | None, iterations: int, peak: Peak | None, plugins: Sequence[Path] = ()
+) -> Profile:
     """Time every layer of an engine at the first profile's optimum.
 
     Raises:
@@ -96,14 +98,17 @@ def of_engine(path: Path, graph: Graph | None, iterations: int, peak: Peak | Non
         RequirementError: pycuda, the library or the GPU is missing.
     """
     from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+    from gpuopt.bench.measuring import warm_up
     from gpuopt.bench.subjects import EngineSubject
     from gpuopt.cuda.device import Device
 
-    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path)) as engine:
+    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), plugins=plugins) as engine:
         shapes = {name: bounds.opt for name, bounds in engine.profiles[0].items()}
         with engine.execution(shapes) as execution:
             execution.run(feeds_of_shape(engine, shapes))
-            latency = EngineSubject(execution, cuda_graph=False).run_many(iterations)
+            subject = EngineSubject(execution, cuda_graph=False)
+            warm_up(subject)
+            latency = subject.run_many(iterations)
             found = inspector.layers(engine.layer_information(execution))
             times = {time.name: time.milliseconds for time in execution.time_layers(iterations)}
         layers = tuple(_engine_layer(layer, times, graph, peak) for layer in found if not layer.is_free)
@@ -113,7 +118,11 @@ def of_engine(path: Path, graph: Graph | None, iterations: int, peak: Peak | Non
 def _engine_layer(
     layer: inspector.EngineLayer, times: Mapping[str, float], graph: Graph | None, peak: Peak | None
 ) -> Layer:
-    nodes = tuple(name for name in layer.onnx_nodes if graph is None or name in graph.op_types)
+    # What TensorRT 8.5 gets spelled out has the name of its node in front.
+    written = dict.fromkeys(
+        name if graph is None or name in graph.op_types else name.rpartition("/")[0] for name in layer.onnx_nodes
+    )
+    nodes = tuple(name for name in written if graph is None or name in graph.op_types)
     computing = [name for name in nodes if graph and graph.op_types[name] not in ("QuantizeLinear", "DequantizeLinear")]
     operations = sum(graph.operations.get(name, 0) for name in nodes) if graph else 0
     spent = times.get(layer.name, 0.0)
@@ -142,7 +151,7 @@ def floor_of(
     Returns:
         Milliseconds, and `memory`, `arithmetic`, or `latency` where the layer takes over three times the floor.
     """
-    if peak is None or bytes_moved is None:
+    if peak is None or bytes_moved is None or milliseconds <= 0:
         return None, ""
     memory = bytes_moved / peak.bytes_per_second * 1000
     arithmetic = operations / peak.operations_per_second.get(precision, float("inf")) * 1000

@@ -28,6 +28,7 @@ def _peak(gigabytes: float, fp16: float, int8: float, fp32: float, source: str) 
 # By the words of the driver's name; the first entry whose words all occur is taken.
 _PEAKS: tuple[tuple[tuple[str, ...], Peak], ...] = (
     (("H200",), _peak(4800, 989, 1979, 494, "NVIDIA H200 data sheet, SXM")),
+    (("H100", "NVL"), _peak(3900, 835, 1671, 418, "NVIDIA H100 data sheet, NVL")),
     (("H100", "PCIe"), _peak(2000, 756, 1513, 378, "NVIDIA H100 data sheet, PCIe")),
     (("H100",), _peak(3350, 989, 1979, 494, "NVIDIA H100 data sheet, SXM5")),
     (("A100", "40GB"), _peak(1555, 312, 624, 156, "NVIDIA A100 data sheet, 40 GB")),

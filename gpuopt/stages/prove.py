@@ -12,7 +12,14 @@ import numpy as np
 from gpuopt import engine_record, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.tensorrt import inspector
-from gpuopt.backends.tensorrt.runtime import ExecutionOptions, LoadedEngine, iterate_profiles
+from gpuopt.backends.tensorrt.runtime import (
+    ExecutionOptions,
+    LoadedEngine,
+    Trust,
+    as_engine_inputs,
+    feeds_of_shape,
+    iterate_profiles,
+)
 from gpuopt.comparison import Array, Limits, batch_invariance, compare, problem
 from gpuopt.cuda.device import Device
 from gpuopt.recipe import Precision, VerifySection
@@ -33,16 +40,21 @@ def run(context: StageContext) -> StageOutcome:
     folder = context.folder("engine")
     path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
     stored = reference.load(context.folder("reference"))
-    result = prove(path, stored, context.recipe.verify, context.recipe.built_precision)
+    built = context.recipe.build
+    trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
+    result = prove(path, stored, context.recipe.verify, context.recipe.built_precision, trust)
     write_json(context.made("proof") / PROOF_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
 
 
-def prove(path: Path, stored: Reference, settings: VerifySection, precision: Precision) -> dict[str, Any]:
+def prove(
+    path: Path, stored: Reference, settings: VerifySection, precision: Precision, trust: Trust | None = None
+) -> dict[str, Any]:
     """Run an engine at every corner under every profile that admits it, and read what it is made of.
 
     Args:
         path: the engine, its record beside it.
+        trust: what it may run on the CPU.
 
     Returns:
         `target`, `gpu`, `passed`, `failures` and `warnings` (one line each), `limits`; `outputs`: figures of
@@ -61,12 +73,12 @@ def prove(path: Path, stored: Reference, settings: VerifySection, precision: Pre
     warnings: list[str] = []
     rows: list[dict[str, Any]] = []
     with Device() as device:
-        engine = LoadedEngine.open(path, device, record)
+        engine = LoadedEngine.open(path, device, record, trust=trust)
         for corner in stored.corners:
             feed, expected = stored.feed(corner), stored.expected(corner)
             for profile in iterate_profiles(engine, corner.shapes):
                 with engine.execution(corner.shapes, ExecutionOptions(profile)) as execution:
-                    actual = execution.run(feed)
+                    actual = execution.run(as_engine_inputs(engine, feed))
                 for name, wanted in expected.items():
                     figures = compare(actual[name], wanted)
                     rows.append({"corner": corner.name, "profile": profile, "output": name, **figures})
@@ -124,15 +136,16 @@ class _AnyShape:
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         with self._engine.execution({name: value.shape for name, value in feed.items()}) as execution:
-            return execution.run(feed)
+            return execution.run(as_engine_inputs(self._engine, feed))
 
 
 def _repeats_equal(engine: LoadedEngine, stored: Reference) -> bool:
     corner = stored.corners[-1]
+    feed = as_engine_inputs(engine, stored.feed(corner))
     with engine.execution(corner.shapes) as execution:
-        first = execution.run(stored.feed(corner))
+        first = execution.run(feed)
         for _ in range(_REPEATS - 1):
-            again = execution.run(stored.feed(corner))
+            again = execution.run(feed)
             if any(not np.array_equal(first[n], again[n], equal_nan=first[n].dtype.kind == "f") for n in first):
                 return False
     return True
@@ -142,6 +155,7 @@ def _layer_times(engine: LoadedEngine, stored: Reference) -> dict[str, float]:
     """Milliseconds of each layer at the first profile's optimum."""
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
     with engine.execution(shapes) as execution:
+        execution.run(feeds_of_shape(engine, shapes))
         return {time.name: time.milliseconds for time in execution.time_layers(_TIMED_ITERATIONS)}
 
 

@@ -31,7 +31,7 @@ def run(context: StageContext) -> StageOutcome:
     if context.target == "onnxruntime":
         found, includes = _race_sessions(folders, stored, seconds, context.progress)
     else:
-        found, includes = _race_engines(folders, stored, seconds, context.progress)
+        found, includes = _race_engines(folders, stored, context)
     shapes = {name: format_shape(bounds.opt) for name, bounds in stored.profiles[0].items()}
     return StageOutcome(
         {
@@ -44,24 +44,24 @@ def run(context: StageContext) -> StageOutcome:
     )
 
 
-def _race_engines(
-    folders: Mapping[str, Path], stored: Reference, seconds: float, progress: Progress
-) -> tuple[Race, str]:
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+def _race_engines(folders: Mapping[str, Path], stored: Reference, context: StageContext) -> tuple[Race, str]:
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, Trust, feeds_of_shape
     from gpuopt.cuda.device import Device
     from gpuopt.environment import has_module
 
     graphs = has_module("cuda.bindings")
+    built = context.recipe.build
+    trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
     with Device() as device, ExitStack() as stack:
         subjects: dict[str, Subject] = {}
         for name, folder in folders.items():
             path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
-            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path)))
+            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path), trust=trust))
             execution = stack.enter_context(engine.execution(shapes))
             execution.run(feeds_of_shape(engine, shapes))
             subjects[name] = EngineSubject(execution, cuda_graph=graphs)
-        found = race(subjects, seconds, tell=progress.advance)
+        found = race(subjects, context.recipe.speed.seconds, tell=context.progress.advance)
         subjects.clear()
     how = "as a CUDA graph" if graphs else "without CUDA graphs"
     return found, f"compute alone, {how}: inputs and outputs stay on the GPU, the next inference waits enqueued"

@@ -20,6 +20,7 @@ from gpuopt.backends.tensorrt import calibrator as calibrators
 from gpuopt.backends.tensorrt import configuration, diagnosis, legacy, limits, timing_cache
 from gpuopt.backends.tensorrt import network as networks
 from gpuopt.backends.tensorrt.library import import_module, version
+from gpuopt.backends.tensorrt.log import library_log
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.errors import BuildError, GpuoptError
 from gpuopt.progress import Progress
@@ -159,7 +160,8 @@ def _with_io_dtypes(target: str, trt: ModuleType, onnx_path: Path, options: Buil
 def _attempt(request: _Request, progress: Progress) -> BuiltEngine | _Failure:
     """One try of a build."""
     target, trt, options = request.target, request.trt, request.options
-    log = networks.make_log(trt)
+    log = library_log(trt)
+    log.clear()
     weakly_typed = limits.has_precision_flags(target, trt, options)
     parsed = networks.parse(target, trt, log, request.graph, weakly_typed)
     networks.set_io_formats(trt, parsed.network, options, weakly_typed)

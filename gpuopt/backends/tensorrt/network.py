@@ -16,8 +16,6 @@ from gpuopt.environment import install_hint
 from gpuopt.errors import BuildError, RequirementError, UsageError
 from gpuopt.shapes import Profile, format_shape
 
-_MOST_MESSAGES = 200
-
 DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
 """Names of dtypes as trtexec writes them, and TensorRT's."""
 FORMATS = {
@@ -45,28 +43,6 @@ class Parsed:
     builder: Any
     network: Any
     parser: Any
-
-
-def make_log(trt: ModuleType) -> Any:
-    """A logger that keeps what the library says instead of printing it, as `messages` by level."""
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: dict[str, list[str]] = {"ERROR": [], "WARNING": [], "NOTED": []}
-
-        def log(self, severity: Any, message: str) -> None:
-            try:
-                level = {"INTERNAL_ERROR": "ERROR"}.get(severity.name, severity.name)
-                kept = self.messages.get(level)
-                if kept is None and "timing cache" in message:
-                    kept = self.messages["NOTED"]
-                if kept is not None and len(kept) < _MOST_MESSAGES:
-                    kept.append(str(message).strip())
-            except Exception:  # noqa: S110 - an exception here would pass through C++ and abort
-                pass
-
-    return Log()
 
 
 def load_plugins(trt: ModuleType, libraries: Sequence[Path]) -> None:
@@ -173,11 +149,14 @@ def keep_in_fp32(trt: ModuleType, network: Any, nodes: Sequence[str]) -> int:
     Returns:
         How many layers that were.
     """
-    wanted, count = set(nodes), 0
+    wanted, parts, count = set(nodes), tuple(f"{name}/" for name in nodes), 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        if layer.name not in wanted or any(tensor.dtype != trt.DataType.FLOAT for tensor in outputs):
+        # What was spelled out (`legacy`) has the name of its node in front.
+        if not (layer.name in wanted or layer.name.startswith(parts)) or any(
+            tensor.dtype != trt.DataType.FLOAT for tensor in outputs
+        ):
             continue
         layer.precision = trt.DataType.FLOAT
         for number in range(layer.num_outputs):

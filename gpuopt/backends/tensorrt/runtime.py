@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuopt.backends.tensorrt import formats, preflight
+from gpuopt.backends.tensorrt import network as networks
 from gpuopt.backends.tensorrt.library import import_module, version
+from gpuopt.backends.tensorrt.log import last_words, library_log
 from gpuopt.cuda.device import Device
 from gpuopt.cuda.graph import Graph
 from gpuopt.cuda.memory import DeviceBuffer, DevicePool, PinnedPool
@@ -38,6 +40,19 @@ class Pools:
 
     device: DevicePool
     pinned: PinnedPool
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user lets an engine run on the CPU, beside its kernels on the GPU; no record is taken at its word.
+
+    Attributes:
+        plugins: libraries that are loaded before it.
+        host_code: whether a version-compatible engine may run the runtime that it carries.
+    """
+
+    plugins: Sequence[Path] = ()
+    host_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,19 +87,43 @@ class LoadedEngine:
         device_memory_bytes: scratch memory of one execution.
     """
 
-    def __init__(self, plan: bytes, record: EngineRecord, device: Device, pools: Pools | None = None) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        record: EngineRecord,
+        device: Device,
+        pools: Pools | None = None,
+        trust: Trust | None = None,
+    ) -> None:
+        trust = trust or Trust()
         trt = import_module(record.target)
         self.record = record
         self.device = device
         self.pools = pools or Pools(DevicePool(device), PinnedPool(device))
         self._trt = trt
-        self._log = _make_log(trt)
+        self._log = library_log(trt)
+        self._log.clear()
+        if record.target == "tensorrt":
+            trt.init_libnvinfer_plugins(self._log, "")
+        if missing := sorted(set(record.plugins) - {path.name for path in trust.plugins}):
+            raise EngineError(
+                f"{record.file} was built with the plugin library {missing[0]}, which has to be loaded before it",
+                f"Name it, if you trust it: --plugin FOLDER/{missing[0]}, or gpuopt.load(..., plugins=[...]).",
+            )
+        networks.load_plugins(trt, trust.plugins)
         self._runtime: Any = trt.Runtime(self._log)
+        if record.version_compatible:
+            if not trust.host_code:
+                raise EngineError(
+                    f"{record.file} carries code for the CPU, as every version-compatible engine does",
+                    "If you trust it: gpuopt.load(..., allow_host_code=True).",
+                )
+            self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            said = self._log.lines[0] if self._log.lines else "no reason given"
+            said = " ".join((self._log.messages["ERROR"] or ["no reason given"])[0].split())[:300]
             raise EngineError(
-                f"TensorRT {trt.__version__} refuses {record.file}: {' '.join(said.split())[:300]}",
+                f"TensorRT {trt.__version__} refuses {record.file}: {said}",
                 "The file is damaged or was built elsewhere: copy it again, or build it here.",
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -102,10 +141,13 @@ class LoadedEngine:
         device.own(self)
 
     @staticmethod
-    def open(path: Path, device: Device, record: EngineRecord, pools: Pools | None = None) -> LoadedEngine:
+    def open(
+        path: Path, device: Device, record: EngineRecord, pools: Pools | None = None, trust: Trust | None = None
+    ) -> LoadedEngine:
         """Check the file and this machine against the record, then deserialise.
 
         Raises:
+            BuildError: a plugin library cannot be loaded.
             EngineError: the file was changed, or was built for another library, GPU or driver.
             RequirementError: the library is missing.
         """
@@ -113,7 +155,7 @@ class LoadedEngine:
         library = str(import_module(record.target).__version__)
         here = preflight.Here(library, device.compute_capability, device.name, device.driver_version)
         preflight.check_machine(record, here)
-        return LoadedEngine(path.read_bytes(), record, device, pools)
+        return LoadedEngine(path.read_bytes(), record, device, pools, trust)
 
     def __enter__(self) -> LoadedEngine:
         return self
@@ -247,7 +289,7 @@ class LoadedEngine:
         return context
 
     def _last_words(self) -> str:
-        return " ".join(self._log.lines[-1].split())[:300] if self._log.lines else "no reason given"
+        return last_words(self._log)
 
 
 class Execution:
@@ -263,16 +305,20 @@ class Execution:
 
     def __init__(self, loaded: LoadedEngine, shapes: Mapping[str, Shape], options: ExecutionOptions) -> None:
         self._loaded = loaded
-        profile = loaded.profile_for(shapes) if options.profile is None else options.profile
-        loaded.take_profile(profile)
-        self._profile = profile
+        self._profile = loaded.profile_for(shapes) if options.profile is None else options.profile
         self.stream = Stream(loaded.device)
-        self._context: Any = loaded._context()
+        loaded.take_profile(self._profile)
+        try:
+            self._context: Any = loaded._context()
+        except BaseException:
+            loaded.give_profile_back(self._profile)
+            raise
         self._buffers: dict[str, DeviceBuffer] = {}
         self._scratch: DeviceBuffer | None = None
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.shapes: dict[str, Shape] = {}
+        self._graphs: list[Graph] = []
         loaded.device.own(self)
         try:
             self._set_up(shapes, options)
@@ -386,7 +432,7 @@ class Execution:
         return self.read()
 
     def graph(self, *parts: Part) -> Graph:
-        """The parts as a CUDA graph, after one run that lets the engine set itself up.
+        """The parts as a CUDA graph, closed with the execution; one run before it lets the engine set itself up.
 
         Raises:
             EngineError: the engine cannot be captured.
@@ -399,7 +445,9 @@ class Execution:
 
         enqueue()
         self.wait()
-        return Graph.capture(self._loaded.device, self.stream, enqueue)
+        made = Graph.capture(self._loaded.device, self.stream, enqueue)
+        self._graphs.append(made)
+        return made
 
     def time_layers(self, iterations: int) -> list[LayerTime]:
         """Median time of every layer. Profiling serialises the layers: their sum exceeds the latency.
@@ -427,6 +475,8 @@ class Execution:
             return
         with contextlib.suppress(Exception):
             self.stream.synchronize()
+        for graph in self._graphs:
+            graph.close()
         self._loaded.give_profile_back(self._profile)
         for buffer in (*self._buffers.values(), self._scratch):
             if buffer is not None:
@@ -460,25 +510,23 @@ def feeds_of_shape(loaded: LoadedEngine, shapes: Mapping[str, Shape], seed: int 
     return feeds
 
 
-def optimum(profile: Profile) -> dict[str, Shape]:
-    """The shapes that an engine is tuned for."""
-    return {name: bounds.opt for name, bounds in profile.items()}
+def as_engine_inputs(loaded: LoadedEngine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Feeds of the model in the dtypes that the engine takes: I/O formats ask for FP16, TensorRT 8 has no INT64.
 
-
-def _make_log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors instead of printing them."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            with contextlib.suppress(Exception):
-                if severity.name in ("ERROR", "INTERNAL_ERROR") and len(self.lines) < 200:
-                    self.lines.append(str(message).strip())
-
-    return Log()
+    Raises:
+        DataError: a whole number does not fit.
+    """
+    given = {}
+    for spec in loaded.inputs:
+        value = feeds[spec.name]
+        cast = value.astype(spec.dtype, copy=False)
+        if value.dtype.kind in "iu" and not np.array_equal(cast, value):
+            raise DataError(
+                f"input '{spec.name}' holds values that {spec.dtype}, which the engine takes, cannot",
+                "Keep whole numbers below 2^31.",
+            )
+        given[spec.name] = cast
+    return given
 
 
 def _make_profiler(trt: Any) -> Any:
