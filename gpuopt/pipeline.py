@@ -167,7 +167,8 @@ STAGES = (
         per_target=True,
     ),
     Stage(
-        "prove", ("engine", "reference"), ("proof",), ("verify", "precision", "build.plugins", "build.version_compatible"),
+        "prove", ("engine", "reference"), ("proof",),
+        ("verify", "precision", "build.plugins", "build.version_compatible"),
         ("tensorrt", "tensorrt-rtx-cu13", "pycuda", "numpy"),
         applies=lambda recipe: recipe.verify.enabled and recipe.build.enabled, per_target=True,
         fits=lambda target: not environment.why_not_run(target),

@@ -97,12 +97,12 @@ def of_engine(
         EngineError: the engine does not belong here.
         RequirementError: pycuda, the library or the GPU is missing.
     """
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, Trust, feeds_of_shape
     from gpuopt.bench.measuring import warm_up
     from gpuopt.bench.subjects import EngineSubject
     from gpuopt.cuda.device import Device
 
-    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), plugins=plugins) as engine:
+    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), trust=Trust(plugins)) as engine:
         shapes = {name: bounds.opt for name, bounds in engine.profiles[0].items()}
         with engine.execution(shapes) as execution:
             execution.run(feeds_of_shape(engine, shapes))

@@ -143,7 +143,7 @@ SINCE = {
     "HardwareCompatibilityLevel.AMPERE_PLUS", "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
     "HardwareCompatibilityLevel.NONE", "TensorFormat.DHWC", "ExecutionContextAllocationStrategy",
     "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.device_memory_size_v2",
-    "IExecutionContext.set_device_memory",
+    "IExecutionContext.set_device_memory", "Runtime.engine_host_code_allowed",
 }  # fmt: skip
 """Missing in 8.5: the code asks for the release, or `limits` refuses the option, before it uses them."""
 
