@@ -117,7 +117,7 @@ class EngineBench:
         names: dict[Part, str] = {"copy_in": "host to device", "compute": "compute", "copy_out": "device to host"}
         with self._ready(shapes) as execution:
             for part, name in names.items():
-                includes = f"{name} alone, {_NO_GRAPH}; percentiles with launch and wait, ms/inf by the GPU's clock"
+                includes = f"that part alone, {_NO_GRAPH}; percentiles with launch and wait, ms/inf by the GPU's clock"
                 yield self._measured("phases", name, shapes, includes, execution, (part,), False)
 
     def _measured(
@@ -133,7 +133,7 @@ class EngineBench:
     def _overlap(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
         """So many inferences in flight, each with its own buffers and stream, copies and all."""
         for depth in _DEPTHS:
-            includes = f"{_WHOLE}; {self._how}; {depth} in flight, a buffer is filled again once its inference is done"
+            includes = f"{_WHOLE}; {self._how}; a buffer is filled again once its inference is done"
             yield self._at_once("overlap", f"depth {depth}", shapes, depth, ALL_PARTS, includes, 1)
 
     def _streams(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:

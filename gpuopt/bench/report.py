@@ -125,24 +125,32 @@ def _lines(report: BenchReport) -> Iterator[str]:
         if entry.group != group:
             group = entry.group
             yield ""
-            yield f"{group:<{width}}{'batch':>6}{'p50':>10}{'p90':>10}{'p99':>10}{'ms/inf':>10}{'samples/s':>12}"
+            heads = "".join(f"{name:>10}" for name in (*_SHOWN, "ms/inf"))
+            yield f"{group:<{width}}{'batch':>6}{heads}{'lowest .. highest':>20}{'samples/s':>12}"
         if entry.failed:
             yield f"{entry.name:<{width}}{entry.batch:>6}  {entry.failed}"
             continue
-        cells = [_ms(entry.latency_ms.get(name)) for name in ("p50", "p90", "p99")]
+        cells = "".join(f"{_ms(entry.latency_ms.get(name)):>10}" for name in _SHOWN)
         rate = f"{entry.samples_per_second:.0f}" if entry.samples_per_second is not None else "-"
         back = f"{entry.back_to_back_ms:.4f}" if entry.back_to_back_ms is not None else "-"
-        yield f"{entry.name:<{width}}{entry.batch:>6}{cells[0]:>10}{cells[1]:>10}{cells[2]:>10}{back:>10}{rate:>12}"
+        spread = f"{entry.lowest_ms:.4f} .. {entry.highest_ms:.4f}" if entry.lowest_ms is not None else "-"
+        yield f"{entry.name:<{width}}{entry.batch:>6}{cells}{back:>10}{spread:>20}{rate:>12}"
     yield ""
-    yield "p50, p90, p99: ms of single inferences by the host's clock, each waited for; ms/inf: back to back"
-    told = dict.fromkeys(f"{entry.name}: {entry.includes}" for entry in report.rows if entry.includes)
-    yield from told
+    yield "p50 to p99: ms of single inferences by the host's clock, each waited for; ms/inf: back to back"
+    told: dict[str, dict[str, None]] = {}
+    for entry in report.rows:
+        if entry.includes:
+            told.setdefault(entry.includes, {})[entry.name] = None
+    yield from (f"{', '.join(names)}: {includes}" for includes, names in told.items())
     if report.memory:
         yield ""
         yield "memory  " + ", ".join(f"{name} {value}" for name, value in report.memory.items())
     spans = [f"{name} {value}" for name, value in report.conditions.items() if value]
     if spans:
         yield "conditions  " + ", ".join(spans)
+
+
+_SHOWN = ("p50", "p90", "p95", "p99")
 
 
 def _ms(found: PercentileReport | None) -> str:

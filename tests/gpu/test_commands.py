@@ -158,6 +158,28 @@ def test_bench_measures_every_group(commands: Commands) -> None:
     assert report["conditions"]["sm_mhz"] or report["conditions"]["note"]
 
 
+def test_a_static_engine_runs_at_several_depths_and_streams(commands: Commands) -> None:
+    shapes = ("--min-shapes", "image:4x3x32x32", "--max-shapes", "image:4x3x32x32")
+    commands.compiled("-p", "fp16", "-o", "static.gpuopt", *shapes)
+    flags = ("--only", "overlap", "--only", "streams", "--only", "memory", "--seconds", "0.2")
+    report = commands.report(
+        "bench", "static.gpuopt", *flags, "--beside", "static.gpuopt/model.tensorrt.engine", "--json"
+    )
+    assert not [row for row in report["rows"] if row["failed"]]
+    assert [row["name"] for row in report["rows"]] == [
+        "depth 1", "depth 2", "depth 3", "1 stream", "2 streams", "4 streams",
+        "this engine alone", "model.tensorrt.engine alone", "both at once, a pair",
+    ]  # fmt: skip
+    assert report["memory"]["lost_bytes_with_pool"] == 0
+
+
+def test_an_engine_with_inputs_in_fp16_is_proved(commands: Commands) -> None:
+    report = commands.compiled("-p", "fp16", "-o", "fp16-input.gpuopt", "--io-format", "image=fp16:hwc8")
+    proof = next(e["proof"] for e in report["engines"] if e["target"] == "tensorrt")
+    assert proof["io_formats"]["image"] == "fp16:hwc8"
+    assert proof["passed"]
+
+
 def test_profile_names_every_layer(commands: Commands) -> None:
     commands.compiled("-p", "fp16", "-o", "fp16.gpuopt")
     report = commands.report("profile", "fp16.gpuopt", "--json")
