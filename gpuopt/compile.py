@@ -14,7 +14,7 @@ from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
-from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
+from gpuopt.pipeline import Runner, builds_engine, check_request, is_native, model_sha256
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
@@ -106,6 +106,8 @@ def compile_model(
         notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
     if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
         notes.append("the evaluation data plays no part without --max-accuracy-drop")
+    if is_native(recipe) and not recipe.build.enabled:
+        notes.append(NOT_INT8_YET)
     for note in notes:
         progress.warn(note)
     runner: Runner | None = None
@@ -169,7 +171,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     stored = reference.load(folder / "reference")
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
-        result = check(graphs, stored, recipe.verify, recipe.built_precision)
+        result = check(graphs, stored, recipe.verify, recipe.graph_precision)
     proofs = _proofs_of_bundle(folder, manifest, recipe, progress)
     failures = [failure for found in (*proofs.values(), result) for failure in found["failures"]]
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
@@ -227,10 +229,12 @@ def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
     found = result if target == "onnxruntime" else result.get(target)
     if found is None:
         return {"status": "built", "note": not_run(target), "proof": None}
-    state = {"status": "verified" if found["passed"] else "failed", "note": ""}
-    return state if target == "onnxruntime" else {**state, "proof": dict(found)}
+    state = {"status": "verified" if found["passed"] else "failed"}
+    return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
 
+NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
+_FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"
 _ACCURACY_HINT = (
     "See the report's accuracy table. For INT8: more or better calibration data, another calibrate.method,\n"
     "or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
@@ -360,7 +364,7 @@ def engine_reports(runner: Runner) -> list[EngineReport]:
                 or environment.version_of("onnxruntime-gpu")
                 or "",
                 compute_capabilities=[],
-                note="",
+                note=_FLOAT_GRAPH if is_native(runner.recipe) else "",
             )
         )
     return engines

@@ -58,7 +58,7 @@ def _is_int8(recipe: Recipe) -> bool:
     return recipe.precision == "int8" and recipe.quantize.quantizer == "gpuopt"
 
 
-def _is_native(recipe: Recipe) -> bool:
+def is_native(recipe: Recipe) -> bool:
     """Whether TensorRT's own calibrator does."""
     return recipe.precision == "int8" and recipe.quantize.quantizer == "tensorrt"
 
@@ -156,14 +156,14 @@ STAGES = (
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
         ("build", "precision", "cast"),
-        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not _is_native(recipe),
+        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not is_native(recipe),
         per_target=True,
     ),
     # TensorRT calibrates while it builds: here the data decides the engine.
     Stage(
         "build", ("onnx", "reference"), ("engine",),
         ("build", "precision", "cast", "quantize.quantizer", "calibrate.method", "calibrate.samples", *_SAMPLES),
-        ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and _is_native(recipe), sources=("data",),
+        ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and is_native(recipe), sources=("data",),
         per_target=True,
     ),
     Stage(
@@ -173,7 +173,8 @@ STAGES = (
         fits=lambda target: not environment.why_not_run(target),
     ),
     Stage(
-        "verify", ("onnx", "engine_onnx?", "reference"), ("verification",), ("verify", "precision"), _ORT,
+        "verify", ("onnx", "engine_onnx?", "reference"), ("verification",),
+        ("verify", "precision", "quantize.quantizer"), _ORT,
         applies=lambda recipe: recipe.verify.enabled,
     ),
 )  # fmt: skip
@@ -494,6 +495,19 @@ def model_sha256(path: Path) -> str:
         return sha256_json([sha256_file(file) for file in files_of(path)])
 
 
+def check_own_quantizer(recipe: Recipe, command: str) -> None:
+    """Refuse TensorRT's own calibrator for a command that shows what gpuopt's quantizer does.
+
+    Raises:
+        UsageError: the recipe names it.
+    """
+    if recipe.quantize.quantizer == "tensorrt":
+        raise UsageError(
+            f"the recipe says quantize.quantizer tensorrt, and '{command}' is about gpuopt's own quantizer",
+            "Give --set quantize.quantizer=gpuopt, or use 'gpuopt compile'.",
+        )
+
+
 def check_request(recipe: Recipe, builds: bool = True) -> None:
     """Refuse at once what would fail after minutes of work.
 
@@ -549,7 +563,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
 def _check_native(recipe: Recipe) -> None:
     version = environment.tensorrt_version()
-    if _is_native(recipe) and version is not None and version[0] >= 11:
+    if is_native(recipe) and version is not None and version[0] >= 11:
         raise UsageError(
             f"TensorRT {version[0]}.{version[1]} has no calibrators any more: INT8 comes from Q/DQ in the graph alone",
             "Leave out --quantizer tensorrt, so that gpuopt calibrates and places Q/DQ.",

@@ -171,6 +171,36 @@ def test_qoperator_is_for_onnx_runtime_only(gpuopt: Gpuopt, project: Path) -> No
     assert "QLinearConv" in operators
 
 
+def test_the_native_quantizer_is_for_tensorrt_s_engines_only(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt.environment import default_targets
+
+    model = project / "model.pt"
+    refused = gpuopt("compile", model, "--quantizer", "tensorrt", "-t", "onnxruntime")
+    assert refused.code == 2
+    assert "nothing would be INT8" in refused.stderr
+    if "tensorrt" not in default_targets():
+        assert gpuopt("compile", model, "--quantizer", "tensorrt").code == 2, "the targets are this machine's"
+    for command in ("quantize", "analyze"):
+        refused = gpuopt(command, model, "--set", "quantize.quantizer=tensorrt", "--set", "build.target=tensorrt")
+        assert refused.code == 2, refused.stderr
+        assert "gpuopt's own quantizer" in refused.stderr
+    assert leftovers(project) == set()
+
+
+def test_the_graph_beside_tensorrt_s_own_quantizer_is_called_fp32(gpuopt: Gpuopt, project: Path) -> None:
+    arguments = ("--quantizer", "tensorrt", "-t", "tensorrt", "--no-build", "--json")
+    result = gpuopt("compile", project / "model.pt", *arguments)
+    assert result.code == 0, result.stderr
+    report = result.report()
+    (graph,) = report["engines"]
+    assert graph["note"].startswith("FP32: ")
+    assert report["verification"]["limits"]["min_cosine"] == 0.99999
+    assert any("nothing is INT8 yet" in warning for warning in report["warnings"])
+    checked = gpuopt("verify", project / "model.gpuopt", "--json").report()
+    assert checked["engines"][0]["note"].startswith("FP32: ")
+    assert checked["verification"]["limits"]["min_cosine"] == 0.99999
+
+
 def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
     model, bundle = project / "model.pt", project / "model.gpuopt"
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
