@@ -14,17 +14,22 @@ from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
-from gpuopt.pipeline import Runner, builds_engine, check_request, is_native, model_sha256
+from gpuopt.pipeline import (
+    FIRST_STRONGLY_TYPED,
+    LEGACY_OPSET,
+    Runner,
+    builds_engine,
+    check_engine_graph,
+    check_request,
+    is_native,
+    model_sha256,
+)
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
 from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 from gpuopt.storage import sha256_file, storage_errors
-
-_FIRST_STRONGLY_TYPED = (10, 0)
-_LEGACY_OPSET = 17
-"""The newest that TensorRT 8.5 and 8.6 read."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ def with_defaults(recipe: Recipe) -> Recipe:
     tree["build"]["target"] = list(dict.fromkeys(targets))
     version = environment.tensorrt_version() if "tensorrt" in targets else None
     if recipe.build.legacy is None:
-        tree["build"]["legacy"] = version is not None and version < _FIRST_STRONGLY_TYPED
+        tree["build"]["legacy"] = version is not None and version < FIRST_STRONGLY_TYPED
     if tree["build"]["legacy"]:
-        tree["export"]["opset"] = min(recipe.export.opset, _LEGACY_OPSET)
+        tree["export"]["opset"] = min(recipe.export.opset, LEGACY_OPSET)
     tree["calibrate"]["data"] = data
     tree["calibrate"]["ranges"] = ranges
     for key, value in (("data", recipe.accuracy.data), ("labels", recipe.accuracy.labels)):
@@ -120,6 +125,7 @@ def compile_model(
         return report.model_copy(update={"warnings": [*notes, *report.warnings], "race": race})
 
     try:
+        check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
         bundle.check_destination(destination)
         contest = Contest(recipe, cache, progress, str(destination), verdict, explain)

@@ -89,6 +89,11 @@ def _changes_after_budget(recipe: Recipe) -> bool:
     return _has_budget(recipe) and _corrects_biases(recipe)
 
 
+FIRST_STRONGLY_TYPED = (10, 0)
+"""The release of TensorRT from which precision is what the graph says."""
+LEGACY_OPSET = 17
+"""The newest that TensorRT 8.5 and 8.6 read."""
+
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
 # What decides where Q/DQ go; equalisation and bias correction are stages of their own.
@@ -493,6 +498,47 @@ def model_sha256(path: Path) -> str:
 
     with storage_errors("read", path):
         return sha256_json([sha256_file(file) for file in files_of(path)])
+
+
+def graph_mismatch(recipe: Recipe, target: str, version: tuple[int, int] | None) -> str:
+    """Why the engines' graph of a recipe is none for a target; empty if it is.
+
+    Args:
+        version: of TensorRT; None: not known.
+    """
+    if recipe.precision == "fp32" or is_native(recipe):
+        return ""
+    old = target == "tensorrt" and version is not None and version < FIRST_STRONGLY_TYPED
+    new = target == "tensorrt-rtx" or (version is not None and version >= FIRST_STRONGLY_TYPED)
+    name = "TensorRT-RTX" if target == "tensorrt-rtx" or version is None else f"TensorRT {version[0]}.{version[1]}"
+    if recipe.build.legacy and new:
+        return (
+            f"{name} computes in FP32 what is FP32 in the graph, and so is all of a graph for TensorRT 8 "
+            "(build.legacy=true)"
+        )
+    if not recipe.build.legacy and old and recipe.precision != "fp16":
+        return f"{name} does not read INT8 in a graph that is for TensorRT 10 and newer (build.legacy=false)"
+    return ""
+
+
+def check_engine_graph(recipe: Recipe) -> None:
+    """Refuse targets that one graph cannot serve.
+
+    Raises:
+        UsageError: the engine would be of another precision than asked for, or cannot be built.
+    """
+    # The TensorRT here says nothing about the one that `gpuopt build` will meet elsewhere.
+    version = environment.tensorrt_version() if recipe.build.enabled else None
+    engines = [target for target in recipe.build.target if target != "onnxruntime"]
+    reason = next((found for target in engines if (found := graph_mismatch(recipe, target, version))), "")
+    if not reason:
+        return
+    if len(engines) > 1:
+        raise UsageError(
+            f"one graph cannot serve {' and '.join(engines)} here: {reason}",
+            "Compile for one target at a time, each with an --output of its own.",
+        )
+    raise UsageError(reason, f"Leave out build.legacy={str(bool(recipe.build.legacy)).lower()}.")
 
 
 def check_own_quantizer(recipe: Recipe, command: str) -> None:
