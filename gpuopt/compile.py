@@ -124,16 +124,20 @@ def compile_model(
         race = choice.table if choice is not None and choice.table else None
         return report.model_copy(update={"warnings": [*notes, *report.warnings], "race": race})
 
+    contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
     try:
         check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
         bundle.check_destination(destination)
-        contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
         if recipe.precision == "auto":
             choice = contest.choose()
             error = choice.error
+            notes += choice.out
             if choice.winner is not None:
                 recipe, runner = choice.winner.recipe, choice.winner.runner
+            else:
+                # The error is the first candidate's.
+                runner = contest.runners[0]
         else:
             runner = Runner(recipe, cache, progress, str(destination), explain)
             runner.run()
@@ -143,6 +147,8 @@ def compile_model(
                 error = choice.error
     except GpuoptError as failure:
         error = failure
+        if runner is None and contest.runners:
+            runner = contest.runners[-1]
     report = finished(error)
     try:
         if error is None:

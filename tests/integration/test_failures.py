@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import Gpuopt
 from tests.integration import small
@@ -214,6 +215,31 @@ def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, p
     assert (project / "model.gpuopt.failed/model.onnx").exists()
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
     assert not (project / "model.gpuopt.failed").exists()
+
+
+def test_auto_without_a_winner_leaves_its_report(gpuopt: Gpuopt, project: Path) -> None:
+    loud = small.small_net()
+    with torch.no_grad():
+        loud.head.weight.mul_(1e6)  # rounding beyond what is negligible, so that FP32 misses the limit, too
+    torch.export.save(torch.export.export(loud, (torch.randn(2, 3, 16, 16),)), project / "model.pt")
+    arguments = ("-p", "auto", "-t", "onnxruntime", "--set", "verify.min_sqnr_db=500", "--json")
+    result = gpuopt("compile", project / "model.pt", *arguments)
+    assert result.code == 8, result.stderr
+    assert leftovers(project) == {"model.gpuopt.failed"}
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["precision"], report["error"]["stage"]) == ("failed", "auto", "verify")
+    assert {"fp32 is out", "fp16 is out", "int8 is out"} <= {w.partition(":")[0] for w in report["warnings"]}
+    assert report["verification"]["failures"]
+
+
+def test_auto_that_a_stage_of_all_candidates_ends_leaves_its_report(gpuopt: Gpuopt, project: Path) -> None:
+    np.savez(project / "calibration.npz", image=np.zeros((4, 1, 16, 16), np.float32))
+    result = gpuopt("compile", project / "model.pt", "-p", "auto", "-t", "onnxruntime")
+    assert result.code == 4
+    assert leftovers(project) == {"model.gpuopt.failed"}
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["error"]["kind"]) == ("failed", "data")
+    assert report["error"]["stage"] is not None
 
 
 def test_a_changed_bundle_is_not_verified(gpuopt: Gpuopt, project: Path) -> None:
