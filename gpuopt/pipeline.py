@@ -582,8 +582,6 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
             environment.require(package, "exporting a PyTorch model")
     if kind is ModelKind.SAFETENSORS:
         environment.require("safetensors", "reading safetensors")
-    if recipe.simplify.enabled:
-        environment.require("onnxslim", "simplifying the graph")
     calibrate = recipe.calibrate
     _check_evaluation(recipe.accuracy)
     has_samples = recipe.accuracy.data is not None or calibrate.data is not None or calibrate.random

@@ -140,6 +140,22 @@ def test_a_missing_package(gpuopt: Gpuopt, project: Path, tmp_path_factory: pyte
         assert any("no engine is built" in warning for warning in left_open.report()["warnings"])
 
 
+def test_without_onnxslim_the_graph_stays_as_it_is_with_a_warning(
+    gpuopt: Gpuopt, project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'onnxslim' else found(name, *a)\n"
+    )
+    own = {"PYTHONPATH": os.pathsep.join((str(hook), os.environ.get("PYTHONPATH", ""))), "GPUOPT_CACHE_DIR": str(hook)}
+    result = gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime", "--json", env=own)
+    assert result.code == 0, result.stderr
+    (warning,) = [w for w in result.report()["warnings"] if "was not simplified" in w]
+    assert "pip install onnxslim" in warning
+
+
 def test_tensorrt_without_a_gpu_says_what_it_needs(gpuopt: Gpuopt, project: Path) -> None:
     from gpuopt.environment import gpus
 
