@@ -188,15 +188,7 @@ class Contest:
                 raise GpuoptError(f"candidate {name} has no {kind}")
             artifacts[f"subject {name}"] = made
             artifacts.setdefault("reference", stored)
-        gpu = _gpu(target)
-        parts = {
-            "stage": "race",
-            "gpuopt": own_version(),
-            "target": target,
-            "gpu": gpu,
-            "seconds": str(self.recipe.speed.seconds),
-            **{f"input.{kind}": artifact.sha256 for kind, artifact in artifacts.items()},
-        }
+        parts = race_key(target, self.recipe.speed.seconds, artifacts)
         if entry := self.cache.lookup(parts):
             return entry.facts
         with self.progress.stage(f"race {target}"), self.cache.scratch() as scratch, Worker() as worker:
@@ -210,6 +202,22 @@ class Contest:
         shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(facts["milliseconds"].items()))
         self.progress.line(f"{'race ' + target:<22}{seconds:>6.1f} s   {shown}")
         return facts
+
+
+def race_key(target: str, seconds: float, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Everything that decides what a race measures: files, GPU, driver, library, and how engines are launched."""
+    devices = environment.gpus() if target != "onnxruntime" else []
+    return {
+        "stage": "race",
+        "gpuopt": own_version(),
+        "target": target,
+        "gpu": _gpu(target),
+        "driver": devices[0].driver_version if devices else "",
+        "library": environment.library_version(target),
+        "CUDA graphs": str(target != "onnxruntime" and environment.has_module("cuda.bindings")),
+        "seconds": str(seconds),
+        **{f"input.{kind}": artifact.sha256 for kind, artifact in artifacts.items()},
+    }
 
 
 def _out(name: str, error: GpuoptError) -> str:
