@@ -344,7 +344,7 @@ class Runner:
         parts = {"stage": stage.name, "gpuopt": own_version()}
         if step.target:
             parts["target"] = step.target
-            parts.update(_build_machine(step.target, self.recipe))
+            parts.update(_build_machine(self.recipe))
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
         for kind, artifact in self._inputs(step).items():
@@ -467,12 +467,14 @@ class Runner:
             return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
 
 
-def _build_machine(target: str, recipe: Recipe) -> dict[str, str]:
-    """What an engine depends on beside the recipe: the GPU that TensorRT times kernels on, and plugin libraries."""
+def _build_machine(recipe: Recipe) -> dict[str, str]:
+    """What an engine and its proof depend on beside the recipe: GPU and driver, and plugin libraries.
+
+    TensorRT times kernels on the GPU. TensorRT-RTX builds without one, but its record names what was there.
+    """
     parts = {}
-    if target == "tensorrt":
-        for gpu in environment.gpus()[:1]:
-            parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
+    for gpu in environment.gpus()[:1]:
+        parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
     for plugin in map(Path, recipe.build.plugins):
         if plugin.is_file():
             parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpuopt import environment
 from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache
 from gpuopt.compile import with_defaults
+from gpuopt.environment import Gpu
 from gpuopt.errors import DataError, UsageError
 from gpuopt.pipeline import Runner, check_engine_graph, check_request, plan
 from gpuopt.progress import Silent
@@ -184,6 +186,20 @@ def test_a_graph_for_tensorrt_8_is_for_no_other_engine(here: Path, monkeypatch: 
             check_engine_graph(with_defaults(recipe({"build.legacy": True, "build.target": [target]})))
     elsewhere = {"build.legacy": True, "build.target": ["tensorrt"], "build.enabled": False}
     check_engine_graph(with_defaults(recipe(elsewhere)))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_and_its_proof_depend_on_gpu_and_driver(
+    target: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe({"build.target": [target, "onnxruntime"]})
+    monkeypatch.setattr(environment, "has_module", lambda name: True)
+    found = []
+    for gpu in (Gpu("NVIDIA L40S", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "13.0")):
+        monkeypatch.setattr(environment, "gpus", lambda gpu=gpu: [gpu])
+        found.append(keys(chosen, here))
+    for before, after in pairwise(found):
+        assert {label for label in before if before[label] != after[label]} == {f"build {target}", f"prove {target}"}
 
 
 def test_analysis_is_for_int8() -> None:
