@@ -9,7 +9,7 @@ from typing import Any
 
 from gpuopt.cache import Cache
 from gpuopt.compile import with_defaults
-from gpuopt.pipeline import Runner, check_request
+from gpuopt.pipeline import Runner, check_own_quantizer, check_request
 from gpuopt.progress import Progress
 from gpuopt.recipe import AccuracySection, Recipe, resolve
 from gpuopt.report import sensitivity as rendering
@@ -31,6 +31,7 @@ def analyze_model(recipe: Recipe, cache: Cache, progress: Progress) -> Analysis:
     Raises:
         GpuoptError: of the stage that failed.
     """
+    check_own_quantizer(recipe, "gpuopt analyze")
     tree = recipe.model_dump(mode="json")
     tree["precision"] = "int8"
     tree["build"]["target"] = ["onnxruntime"]

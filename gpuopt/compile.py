@@ -14,17 +14,22 @@ from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
-from gpuopt.pipeline import Runner, builds_engine, check_request, model_sha256
+from gpuopt.pipeline import (
+    FIRST_STRONGLY_TYPED,
+    LEGACY_OPSET,
+    Runner,
+    builds_engine,
+    check_engine_graph,
+    check_request,
+    is_native,
+    model_sha256,
+)
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
 from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 from gpuopt.storage import sha256_file, storage_errors
-
-_FIRST_STRONGLY_TYPED = (10, 0)
-_LEGACY_OPSET = 17
-"""The newest that TensorRT 8.5 and 8.6 read."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ def with_defaults(recipe: Recipe) -> Recipe:
     tree["build"]["target"] = list(dict.fromkeys(targets))
     version = environment.tensorrt_version() if "tensorrt" in targets else None
     if recipe.build.legacy is None:
-        tree["build"]["legacy"] = version is not None and version < _FIRST_STRONGLY_TYPED
+        tree["build"]["legacy"] = version is not None and version < FIRST_STRONGLY_TYPED
     if tree["build"]["legacy"]:
-        tree["export"]["opset"] = min(recipe.export.opset, _LEGACY_OPSET)
+        tree["export"]["opset"] = min(recipe.export.opset, LEGACY_OPSET)
     tree["calibrate"]["data"] = data
     tree["calibrate"]["ranges"] = ranges
     for key, value in (("data", recipe.accuracy.data), ("labels", recipe.accuracy.labels)):
@@ -106,6 +111,8 @@ def compile_model(
         notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
     if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
         notes.append("the evaluation data plays no part without --max-accuracy-drop")
+    if is_native(recipe) and not recipe.build.enabled:
+        notes.append(NOT_INT8_YET)
     for note in notes:
         progress.warn(note)
     runner: Runner | None = None
@@ -117,15 +124,20 @@ def compile_model(
         race = choice.table if choice is not None and choice.table else None
         return report.model_copy(update={"warnings": [*notes, *report.warnings], "race": race})
 
+    contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
     try:
+        check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
         bundle.check_destination(destination)
-        contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
         if recipe.precision == "auto":
             choice = contest.choose()
             error = choice.error
+            notes += choice.out
             if choice.winner is not None:
                 recipe, runner = choice.winner.recipe, choice.winner.runner
+            else:
+                # The error is the first candidate's.
+                runner = contest.runners[0]
         else:
             runner = Runner(recipe, cache, progress, str(destination), explain)
             runner.run()
@@ -135,6 +147,8 @@ def compile_model(
                 error = choice.error
     except GpuoptError as failure:
         error = failure
+        if runner is None and contest.runners:
+            runner = contest.runners[-1]
     report = finished(error)
     try:
         if error is None:
@@ -169,7 +183,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     stored = reference.load(folder / "reference")
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
-        result = check(graphs, stored, recipe.verify, recipe.built_precision)
+        result = check(graphs, stored, recipe.verify, recipe.graph_precision)
     proofs = _proofs_of_bundle(folder, manifest, recipe, progress)
     failures = [failure for found in (*proofs.values(), result) for failure in found["failures"]]
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
@@ -227,10 +241,12 @@ def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
     found = result if target == "onnxruntime" else result.get(target)
     if found is None:
         return {"status": "built", "note": not_run(target), "proof": None}
-    state = {"status": "verified" if found["passed"] else "failed", "note": ""}
-    return state if target == "onnxruntime" else {**state, "proof": dict(found)}
+    state = {"status": "verified" if found["passed"] else "failed"}
+    return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
 
+NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
+_FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"
 _ACCURACY_HINT = (
     "See the report's accuracy table. For INT8: more or better calibration data, another calibrate.method,\n"
     "or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
@@ -360,7 +376,7 @@ def engine_reports(runner: Runner) -> list[EngineReport]:
                 or environment.version_of("onnxruntime-gpu")
                 or "",
                 compute_capabilities=[],
-                note="",
+                note=_FLOAT_GRAPH if is_native(runner.recipe) else "",
             )
         )
     return engines

@@ -26,6 +26,13 @@ RUNTIME_PACKAGES = (
     "pillow",
 )
 
+_LIBRARIES = {
+    "tensorrt": ("tensorrt", ("tensorrt",)),
+    "tensorrt-rtx": ("tensorrt_rtx", ("tensorrt-rtx-cu13",)),
+    "onnxruntime": ("onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
+}
+"""The Python module of a target, and the distributions it comes in."""
+
 _INSTALL = {
     "torch": "pip install torch",
     "onnxscript": "pip install onnxscript",
@@ -195,15 +202,23 @@ def why_not_run(target: str) -> str:
     return ""
 
 
+def library_version(target: str) -> str:
+    """Version of a target's library here; empty without it. Imports it only where no distribution tells."""
+    module, packages = _LIBRARIES[target]
+    if found := [version for version in map(version_of, packages) if version is not None]:
+        return ", ".join(found)
+    if not has_module(module):
+        return ""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except (ImportError, OSError, AttributeError):
+        return ""
+
+
 def tensorrt_version() -> tuple[int, int] | None:
     """Major and minor version of the TensorRT here; None without it."""
-    version = version_of("tensorrt")
-    if version is None and has_module("tensorrt"):
-        try:
-            version = str(importlib.import_module("tensorrt").__version__)
-        except (ImportError, OSError, AttributeError):
-            return None
-    if version is None:
+    version = library_version("tensorrt")
+    if not version:
         return None
     major, minor = version.split(".")[:2]
     return int(major), int(minor)

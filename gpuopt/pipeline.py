@@ -58,7 +58,7 @@ def _is_int8(recipe: Recipe) -> bool:
     return recipe.precision == "int8" and recipe.quantize.quantizer == "gpuopt"
 
 
-def _is_native(recipe: Recipe) -> bool:
+def is_native(recipe: Recipe) -> bool:
     """Whether TensorRT's own calibrator does."""
     return recipe.precision == "int8" and recipe.quantize.quantizer == "tensorrt"
 
@@ -88,6 +88,11 @@ def _analyzes(recipe: Recipe) -> bool:
 def _changes_after_budget(recipe: Recipe) -> bool:
     return _has_budget(recipe) and _corrects_biases(recipe)
 
+
+FIRST_STRONGLY_TYPED = (10, 0)
+"""The release of TensorRT from which precision is what the graph says."""
+LEGACY_OPSET = 17
+"""The newest that TensorRT 8.5 and 8.6 read."""
 
 _ORT = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
@@ -156,14 +161,14 @@ STAGES = (
     Stage(
         "build", ("onnx", "engine_onnx?", "reference"), ("engine",),
         ("build", "precision", "cast"),
-        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not _is_native(recipe),
+        ("tensorrt", "tensorrt-rtx-cu13"), applies=lambda recipe: recipe.build.enabled and not is_native(recipe),
         per_target=True,
     ),
     # TensorRT calibrates while it builds: here the data decides the engine.
     Stage(
         "build", ("onnx", "reference"), ("engine",),
         ("build", "precision", "cast", "quantize.quantizer", "calibrate.method", "calibrate.samples", *_SAMPLES),
-        ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and _is_native(recipe), sources=("data",),
+        ("tensorrt", "numpy"), applies=lambda recipe: recipe.build.enabled and is_native(recipe), sources=("data",),
         per_target=True,
     ),
     Stage(
@@ -174,7 +179,8 @@ STAGES = (
         fits=lambda target: not environment.why_not_run(target),
     ),
     Stage(
-        "verify", ("onnx", "engine_onnx?", "reference"), ("verification",), ("verify", "precision"), _ORT,
+        "verify", ("onnx", "engine_onnx?", "reference"), ("verification",),
+        ("verify", "precision", "quantize.quantizer"), _ORT,
         applies=lambda recipe: recipe.verify.enabled,
     ),
 )  # fmt: skip
@@ -339,7 +345,7 @@ class Runner:
         parts = {"stage": stage.name, "gpuopt": own_version()}
         if step.target:
             parts["target"] = step.target
-            parts.update(_build_machine(step.target, self.recipe))
+            parts.update(_build_machine(self.recipe))
         for section in stage.sections:
             parts.update(_flatten(section, self._setting(section)))
         for kind, artifact in self._inputs(step).items():
@@ -462,12 +468,14 @@ class Runner:
             return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
 
 
-def _build_machine(target: str, recipe: Recipe) -> dict[str, str]:
-    """What an engine depends on beside the recipe: the GPU that TensorRT times kernels on, and plugin libraries."""
+def _build_machine(recipe: Recipe) -> dict[str, str]:
+    """What an engine and its proof depend on beside the recipe: GPU and driver, and plugin libraries.
+
+    TensorRT times kernels on the GPU. TensorRT-RTX builds without one, but its record names what was there.
+    """
     parts = {}
-    if target == "tensorrt":
-        for gpu in environment.gpus()[:1]:
-            parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
+    for gpu in environment.gpus()[:1]:
+        parts["GPU"] = f"{gpu.name} ({gpu.compute_capability}), driver for CUDA {gpu.driver_version}"
     for plugin in map(Path, recipe.build.plugins):
         if plugin.is_file():
             parts[f"input.plugin {plugin.name}"] = sha256_file(plugin)
@@ -493,6 +501,60 @@ def model_sha256(path: Path) -> str:
 
     with storage_errors("read", path):
         return sha256_json([sha256_file(file) for file in files_of(path)])
+
+
+def graph_mismatch(recipe: Recipe, target: str, version: tuple[int, int] | None) -> str:
+    """Why the engines' graph of a recipe is none for a target; empty if it is.
+
+    Args:
+        version: of TensorRT; None: not known.
+    """
+    if recipe.precision == "fp32" or is_native(recipe):
+        return ""
+    old = target == "tensorrt" and version is not None and version < FIRST_STRONGLY_TYPED
+    new = target == "tensorrt-rtx" or (version is not None and version >= FIRST_STRONGLY_TYPED)
+    name = "TensorRT-RTX" if target == "tensorrt-rtx" or version is None else f"TensorRT {version[0]}.{version[1]}"
+    if recipe.build.legacy and new:
+        return (
+            f"{name} computes in FP32 what is FP32 in the graph, and so is all of a graph for TensorRT 8 "
+            "(build.legacy=true)"
+        )
+    if not recipe.build.legacy and old and recipe.precision != "fp16":
+        return f"{name} does not read INT8 in a graph that is for TensorRT 10 and newer (build.legacy=false)"
+    return ""
+
+
+def check_engine_graph(recipe: Recipe) -> None:
+    """Refuse targets that one graph cannot serve.
+
+    Raises:
+        UsageError: the engine would be of another precision than asked for, or cannot be built.
+    """
+    # The TensorRT here says nothing about the one that `gpuopt build` will meet elsewhere.
+    version = environment.tensorrt_version() if recipe.build.enabled else None
+    engines = [target for target in recipe.build.target if target != "onnxruntime"]
+    reason = next((found for target in engines if (found := graph_mismatch(recipe, target, version))), "")
+    if not reason:
+        return
+    if len(engines) > 1:
+        raise UsageError(
+            f"one graph cannot serve {' and '.join(engines)} here: {reason}",
+            "Compile for one target at a time, each with an --output of its own.",
+        )
+    raise UsageError(reason, f"Leave out build.legacy={str(bool(recipe.build.legacy)).lower()}.")
+
+
+def check_own_quantizer(recipe: Recipe, command: str) -> None:
+    """Refuse TensorRT's own calibrator for a command that shows what gpuopt's quantizer does.
+
+    Raises:
+        UsageError: the recipe names it.
+    """
+    if recipe.quantize.quantizer == "tensorrt":
+        raise UsageError(
+            f"the recipe says quantize.quantizer tensorrt, and '{command}' is about gpuopt's own quantizer",
+            "Give --set quantize.quantizer=gpuopt, or use 'gpuopt compile'.",
+        )
 
 
 def check_request(recipe: Recipe, builds: bool = True) -> None:
@@ -523,8 +585,6 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
             environment.require(package, "exporting a PyTorch model")
     if kind is ModelKind.SAFETENSORS:
         environment.require("safetensors", "reading safetensors")
-    if recipe.simplify.enabled:
-        environment.require("onnxslim", "simplifying the graph")
     calibrate = recipe.calibrate
     _check_evaluation(recipe.accuracy)
     has_samples = recipe.accuracy.data is not None or calibrate.data is not None or calibrate.random
@@ -550,7 +610,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
 def _check_native(recipe: Recipe) -> None:
     version = environment.tensorrt_version()
-    if _is_native(recipe) and version is not None and version[0] >= 11:
+    if is_native(recipe) and version is not None and version[0] >= 11:
         raise UsageError(
             f"TensorRT {version[0]}.{version[1]} has no calibrators any more: INT8 comes from Q/DQ in the graph alone",
             "Leave out --quantizer tensorrt, so that gpuopt calibrates and places Q/DQ.",

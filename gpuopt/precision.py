@@ -60,12 +60,14 @@ class Choice:
     Attributes:
         winner: None if every candidate failed.
         table: for the report; JSON values.
-        error: what the run ends in; None if it passed.
+        error: what the run ends in; None if it passed. Of several failed candidates that of the first.
+        out: a line for every candidate that failed.
     """
 
     winner: Candidate | None
     table: dict[str, Any] = field(default_factory=dict)
     error: GpuoptError | None = None
+    out: tuple[str, ...] = ()
 
 
 Verdict = Callable[[Runner], GpuoptError | None]
@@ -78,6 +80,7 @@ class Contest:
     Attributes:
         run_name: what the cache remembers the last run by.
         verdict: what is wrong with a finished run.
+        runners: of the candidates so far, also of one that a failure ended.
     """
 
     recipe: Recipe
@@ -86,6 +89,7 @@ class Contest:
     run_name: str
     verdict: Verdict
     explain: bool = False
+    runners: list[Runner] = field(default_factory=list)
 
     def choose(self) -> Choice:
         """Build FP32, FP16, INT8 and, where INT8 costs time somewhere, the mixed engine; keep the fastest that holds.
@@ -128,6 +132,7 @@ class Contest:
 
     def _made(self, name: str, recipe: Recipe, excluded: tuple[str, ...] = ()) -> Candidate:
         runner = Runner(recipe, self.cache, self.progress, f"{self.run_name} {name}", self.explain)
+        self.runners.append(runner)
         self.progress.line(f"precision {name}")
         error: GpuoptError | None = None
         try:
@@ -136,7 +141,7 @@ class Contest:
         except _OUT_OF_THE_RACE as failure:
             error = failure
         if error is not None:
-            self.progress.warn(f"{name} is out: {error.message}")
+            self.progress.warn(_out(name, error))
         return Candidate(name, recipe, runner, error, excluded)
 
     def _mixed(self, slow: Sequence[str]) -> Candidate:
@@ -157,7 +162,8 @@ class Contest:
     def _decide(self, candidates: Mapping[str, Candidate], target: str) -> Choice:
         running = {name: c for name, c in candidates.items() if c.error is None}
         if not running:
-            return Choice(None, {}, next(iter(candidates.values())).error)
+            errors = {name: c.error for name, c in candidates.items() if c.error is not None}
+            return Choice(None, {}, next(iter(errors.values())), tuple(_out(name, e) for name, e in errors.items()))
         facts = self._raced(running, target)
         found = Race(facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()})
         best = fastest(found)
@@ -182,15 +188,7 @@ class Contest:
                 raise GpuoptError(f"candidate {name} has no {kind}")
             artifacts[f"subject {name}"] = made
             artifacts.setdefault("reference", stored)
-        gpu = _gpu(target)
-        parts = {
-            "stage": "race",
-            "gpuopt": own_version(),
-            "target": target,
-            "gpu": gpu,
-            "seconds": str(self.recipe.speed.seconds),
-            **{f"input.{kind}": artifact.sha256 for kind, artifact in artifacts.items()},
-        }
+        parts = race_key(target, self.recipe.speed.seconds, artifacts)
         if entry := self.cache.lookup(parts):
             return entry.facts
         with self.progress.stage(f"race {target}"), self.cache.scratch() as scratch, Worker() as worker:
@@ -204,6 +202,26 @@ class Contest:
         shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(facts["milliseconds"].items()))
         self.progress.line(f"{'race ' + target:<22}{seconds:>6.1f} s   {shown}")
         return facts
+
+
+def race_key(target: str, seconds: float, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Everything that decides what a race measures: files, GPU, driver, library, and how engines are launched."""
+    devices = environment.gpus() if target != "onnxruntime" else []
+    return {
+        "stage": "race",
+        "gpuopt": own_version(),
+        "target": target,
+        "gpu": _gpu(target),
+        "driver": devices[0].driver_version if devices else "",
+        "library": environment.library_version(target),
+        "CUDA graphs": str(target != "onnxruntime" and environment.has_module("cuda.bindings")),
+        "seconds": str(seconds),
+        **{f"input.{kind}": artifact.sha256 for kind, artifact in artifacts.items()},
+    }
+
+
+def _out(name: str, error: GpuoptError) -> str:
+    return f"{name} is out: {error.message}"
 
 
 def with_precision(recipe: Recipe, precision: str) -> Recipe:

@@ -22,7 +22,7 @@ from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import with_defaults
 from gpuopt.errors import UsageError
-from gpuopt.pipeline import Runner, check_request, model_sha256
+from gpuopt.pipeline import Runner, check_own_quantizer, check_request, model_sha256
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, resolve
 
@@ -56,7 +56,7 @@ def quantize_model(
         command: the command line, for the document.
 
     Raises:
-        UsageError: the recipe is not for INT8, or the folder holds other files.
+        UsageError: the recipe is not for INT8 or not for gpuopt's quantizer, or the folder holds other files.
         GpuoptError: of the stage that failed; nothing is written.
     """
     if recipe.precision != "int8":
@@ -64,6 +64,7 @@ def quantize_model(
             f"the recipe says precision {recipe.precision}, and 'gpuopt quantize' makes INT8",
             "Give --set precision=int8, or use 'gpuopt compile'.",
         )
+    check_own_quantizer(recipe, "gpuopt quantize")
     destination = (output or output_folder(recipe)).absolute()
     tree = recipe.model_dump(mode="json")
     tree["output"]["directory"] = str(destination)

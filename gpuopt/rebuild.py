@@ -16,7 +16,7 @@ from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import Outcome, engine_reports, failure_of, now, verdict
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import Runner
+from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, graph_mismatch
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
 from gpuopt.report.markdown import render as render_markdown
@@ -24,6 +24,7 @@ from gpuopt.report.model import Report, StageReport
 from gpuopt.storage import storage_errors
 
 _CHANGEABLE = ("build", "verify")
+_FOR_TENSORRT_8 = "with --set build.legacy=true --opset 17"
 
 
 def build_bundle(
@@ -86,6 +87,11 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
                 f"--set {key}: only keys of {' and '.join(_CHANGEABLE)} can change in a bundle",
                 "Everything before the engine is decided: compile again for the rest.",
             )
+        if key == "build.legacy":
+            raise UsageError(
+                "--set build.legacy: it is what the bundle's graph was made by, and cannot change in it",
+                "Compile again for the other graph.",
+            )
         set_value(tree, key, value)
     asked = [name for name in resolve(tree).build.target if name != "onnxruntime"]
     ready = {state.target for state in environment.target_states() if state.ready}
@@ -99,13 +105,26 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
     set_value(tree, "build.target", [engine, "onnxruntime"])
     set_value(tree, "build.enabled", True)
     recipe = resolve(tree)
-    version = environment.tensorrt_version() if engine == "tensorrt" else None
-    if version is not None and version < (10, 0) and recipe.precision == "int8" and not recipe.build.legacy:
-        raise UsageError(
-            f"TensorRT {version[0]}.{version[1]} does not read this bundle's graph, which is for TensorRT 10 and newer",
-            "Compile again with --set build.legacy=true --opset 17.",
-        )
+    _check_graph(folder, recipe, engine)
     return recipe
+
+
+def _check_graph(folder: Path, recipe: Recipe, engine: str) -> None:
+    """Whether the library here makes of the bundle's graph what the bundle promises."""
+    version = environment.tensorrt_version() if engine == "tensorrt" else None
+    if reason := graph_mismatch(recipe, engine, version):
+        again = "without build.legacy" if recipe.build.legacy else _FOR_TENSORRT_8
+        raise UsageError(f"this bundle is for another engine: {reason}", f"Compile again {again}.")
+    if version is None or version >= FIRST_STRONGLY_TYPED:
+        return
+    name = next(name for name in (ENGINE_ONNX_FILE, ONNX_FILE) if (folder / name).is_file())
+    graph = onnx.load(str(folder / name), load_external_data=False)
+    opset = max((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if opset > LEGACY_OPSET:
+        raise UsageError(
+            f"TensorRT {version[0]}.{version[1]} reads ONNX up to opset {LEGACY_OPSET}, {name} has opset {opset}",
+            f"Compile again {_FOR_TENSORRT_8}.",
+        )
 
 
 def _adopt(runner: Runner, folder: Path, scratch: Path) -> None:

@@ -387,6 +387,11 @@ class Recipe(Section):
             return self
         if any(target == "tensorrt-rtx" for target in self.build.target):
             raise ValueError("quantize.quantizer tensorrt needs build.target tensorrt: TensorRT-RTX has no calibrators")
+        if self.build.target and "tensorrt" not in self.build.target:
+            raise ValueError(
+                "quantize.quantizer tensorrt quantizes engines of build.target tensorrt alone, and build.target is "
+                f"{', '.join(self.build.target)}: nothing would be INT8. Give --target tensorrt, or leave it out"
+            )
         if self.calibrate.method not in ("auto", "entropy", "minmax"):
             raise ValueError("TensorRT's own calibrators are entropy and minmax: choose one as calibrate.method")
         if self.accuracy.max_drop is not None or self.calibrate.ranges is not None:
@@ -407,6 +412,13 @@ class Recipe(Section):
         if self.precision == "auto":
             raise GpuoptError("precision auto was not resolved")
         return self.precision
+
+    @property
+    def graph_precision(self) -> Precision:
+        """The precision of the ONNX graphs: TensorRT's own calibrator quantizes the engine and leaves them in FP32."""
+        if self.built_precision == "int8" and self.quantize.quantizer == "tensorrt":
+            return "fp32"
+        return self.built_precision
 
     @property
     def has_fp16_scales(self) -> bool:

@@ -34,7 +34,7 @@ def run(context: StageContext) -> StageOutcome:
     graphs = {ONNX_FILE: context.folder("onnx") / ONNX_FILE}
     if "engine_onnx" in context.artifacts:
         graphs[ENGINE_ONNX_FILE] = context.folder("engine_onnx") / ONNX_FILE
-    result = check(graphs, stored, context.recipe.verify, context.recipe.built_precision)
+    result = check(graphs, stored, context.recipe.verify, context.recipe.graph_precision)
     write_json(context.made("verification") / VERIFICATION_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
 

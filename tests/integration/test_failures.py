@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import Gpuopt
 from tests.integration import small
@@ -139,6 +140,22 @@ def test_a_missing_package(gpuopt: Gpuopt, project: Path, tmp_path_factory: pyte
         assert any("no engine is built" in warning for warning in left_open.report()["warnings"])
 
 
+def test_without_onnxslim_the_graph_stays_as_it_is_with_a_warning(
+    gpuopt: Gpuopt, project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'onnxslim' else found(name, *a)\n"
+    )
+    own = {"PYTHONPATH": os.pathsep.join((str(hook), os.environ.get("PYTHONPATH", ""))), "GPUOPT_CACHE_DIR": str(hook)}
+    result = gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime", "--json", env=own)
+    assert result.code == 0, result.stderr
+    (warning,) = [w for w in result.report()["warnings"] if "was not simplified" in w]
+    assert "pip install onnxslim" in warning
+
+
 def test_tensorrt_without_a_gpu_says_what_it_needs(gpuopt: Gpuopt, project: Path) -> None:
     from gpuopt.environment import gpus
 
@@ -171,6 +188,36 @@ def test_qoperator_is_for_onnx_runtime_only(gpuopt: Gpuopt, project: Path) -> No
     assert "QLinearConv" in operators
 
 
+def test_the_native_quantizer_is_for_tensorrt_s_engines_only(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt.environment import default_targets
+
+    model = project / "model.pt"
+    refused = gpuopt("compile", model, "--quantizer", "tensorrt", "-t", "onnxruntime")
+    assert refused.code == 2
+    assert "nothing would be INT8" in refused.stderr
+    if "tensorrt" not in default_targets():
+        assert gpuopt("compile", model, "--quantizer", "tensorrt").code == 2, "the targets are this machine's"
+    for command in ("quantize", "analyze"):
+        refused = gpuopt(command, model, "--set", "quantize.quantizer=tensorrt", "--set", "build.target=tensorrt")
+        assert refused.code == 2, refused.stderr
+        assert "gpuopt's own quantizer" in refused.stderr
+    assert leftovers(project) == set()
+
+
+def test_the_graph_beside_tensorrt_s_own_quantizer_is_called_fp32(gpuopt: Gpuopt, project: Path) -> None:
+    arguments = ("--quantizer", "tensorrt", "-t", "tensorrt", "--no-build", "--json")
+    result = gpuopt("compile", project / "model.pt", *arguments)
+    assert result.code == 0, result.stderr
+    report = result.report()
+    (graph,) = report["engines"]
+    assert graph["note"].startswith("FP32: ")
+    assert report["verification"]["limits"]["min_cosine"] == 0.99999
+    assert any("nothing is INT8 yet" in warning for warning in report["warnings"])
+    checked = gpuopt("verify", project / "model.gpuopt", "--json").report()
+    assert checked["engines"][0]["note"].startswith("FP32: ")
+    assert checked["verification"]["limits"]["min_cosine"] == 0.99999
+
+
 def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
     model, bundle = project / "model.pt", project / "model.gpuopt"
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
@@ -184,6 +231,31 @@ def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, p
     assert (project / "model.gpuopt.failed/model.onnx").exists()
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
     assert not (project / "model.gpuopt.failed").exists()
+
+
+def test_auto_without_a_winner_leaves_its_report(gpuopt: Gpuopt, project: Path) -> None:
+    loud = small.small_net()
+    with torch.no_grad():
+        loud.head.weight.mul_(1e6)  # rounding beyond what is negligible, so that FP32 misses the limit, too
+    torch.export.save(torch.export.export(loud, (torch.randn(2, 3, 16, 16),)), project / "model.pt")
+    arguments = ("-p", "auto", "-t", "onnxruntime", "--set", "verify.min_sqnr_db=500", "--json")
+    result = gpuopt("compile", project / "model.pt", *arguments)
+    assert result.code == 8, result.stderr
+    assert leftovers(project) == {"model.gpuopt.failed"}
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["precision"], report["error"]["stage"]) == ("failed", "auto", "verify")
+    assert {"fp32 is out", "fp16 is out", "int8 is out"} <= {w.partition(":")[0] for w in report["warnings"]}
+    assert report["verification"]["failures"]
+
+
+def test_auto_that_a_stage_of_all_candidates_ends_leaves_its_report(gpuopt: Gpuopt, project: Path) -> None:
+    np.savez(project / "calibration.npz", image=np.zeros((4, 1, 16, 16), np.float32))
+    result = gpuopt("compile", project / "model.pt", "-p", "auto", "-t", "onnxruntime")
+    assert result.code == 4
+    assert leftovers(project) == {"model.gpuopt.failed"}
+    report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
+    assert (report["status"], report["error"]["kind"]) == ("failed", "data")
+    assert report["error"]["stage"] is not None
 
 
 def test_a_changed_bundle_is_not_verified(gpuopt: Gpuopt, project: Path) -> None:

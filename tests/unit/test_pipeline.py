@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import onnx
 import pytest
 from onnx import helper
 
+from gpuopt import environment
 from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache
-from gpuopt.errors import DataError
-from gpuopt.pipeline import Runner, check_request, plan
+from gpuopt.compile import with_defaults
+from gpuopt.environment import Gpu
+from gpuopt.errors import DataError, UsageError
+from gpuopt.pipeline import Runner, check_engine_graph, check_request, plan
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
 
@@ -159,6 +163,43 @@ def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(key: str, here
     before, after = keys(recipe({}), here), keys(recipe(changes), here)
     changed = {label.partition(" ")[0] for label in before.keys() & after.keys() if before[label] != after[label]}
     assert changed == set(expected.split())
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16", "auto"])
+def test_one_graph_does_not_serve_tensorrt_8_and_tensorrt_rtx(
+    precision: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"precision": precision, "accuracy.max_drop": None, "build.target": ["tensorrt", "tensorrt-rtx"]}
+    monkeypatch.setattr(environment, "tensorrt_version", lambda: (8, 6))
+    with pytest.raises(UsageError, match="one graph cannot serve tensorrt and tensorrt-rtx here: TensorRT-RTX comp"):
+        check_engine_graph(with_defaults(recipe(both)))
+    check_engine_graph(with_defaults(recipe({**both, "precision": "fp32"})))
+    check_engine_graph(with_defaults(recipe({**both, "build.target": ["tensorrt"]})))
+    monkeypatch.setattr(environment, "tensorrt_version", lambda: (10, 3))
+    check_engine_graph(with_defaults(recipe(both)))
+
+
+def test_a_graph_for_tensorrt_8_is_for_no_other_engine(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "tensorrt_version", lambda: (10, 3))
+    for target in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(UsageError, match="computes in FP32 what is FP32 in the graph"):
+            check_engine_graph(with_defaults(recipe({"build.legacy": True, "build.target": [target]})))
+    elsewhere = {"build.legacy": True, "build.target": ["tensorrt"], "build.enabled": False}
+    check_engine_graph(with_defaults(recipe(elsewhere)))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_and_its_proof_depend_on_gpu_and_driver(
+    target: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe({"build.target": [target, "onnxruntime"]})
+    monkeypatch.setattr(environment, "has_module", lambda name: True)
+    found = []
+    for gpu in (Gpu("NVIDIA L40S", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "13.0")):
+        monkeypatch.setattr(environment, "gpus", lambda gpu=gpu: [gpu])
+        found.append(keys(chosen, here))
+    for before, after in pairwise(found):
+        assert {label for label in before if before[label] != after[label]} == {f"build {target}", f"prove {target}"}
 
 
 def test_analysis_is_for_int8() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpuopt import environment
+from gpuopt.artifact import Artifact
 from gpuopt.bench.measuring import Race
+from gpuopt.environment import Gpu
 from gpuopt.errors import RequirementError
-from gpuopt.precision import fastest, measured_target, slower_nodes, with_precision
+from gpuopt.precision import fastest, measured_target, race_key, slower_nodes, with_precision
 from gpuopt.recipe import resolve
 
 
@@ -65,6 +69,39 @@ def test_a_budget_belongs_to_int8_alone() -> None:
     recipe = resolve({"model": {"path": "m.onnx"}, "precision": "auto", "accuracy": {"max_drop": 0.01}})
     assert with_precision(recipe, "fp16").accuracy.max_drop is None
     assert with_precision(recipe, "int8").accuracy.max_drop == 0.01
+
+
+def test_a_race_is_run_again_where_anything_that_decides_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = {"subject int8": Artifact("engine", tmp_path, "a")}
+    gpu = Gpu("NVIDIA L40S", "8.9", "12.4")
+    found = {"tensorrt": "10.3.0"}
+    modules = {"cuda.bindings"}
+    monkeypatch.setattr(environment, "gpus", lambda: [gpu])
+    monkeypatch.setattr(environment, "version_of", found.get)
+    monkeypatch.setattr(environment, "has_module", lambda name: name in modules)
+
+    def key() -> dict[str, str]:
+        return race_key("tensorrt", 3.0, artifacts)
+
+    seen = [key()]
+    gpu = replace(gpu, driver_version="13.0")
+    seen.append(key())
+    gpu = replace(gpu, name="NVIDIA L40")
+    seen.append(key())
+    found["tensorrt"] = "10.3.1"
+    seen.append(key())
+    modules.clear()
+    seen.append(key())
+    artifacts["subject int8"] = Artifact("engine", tmp_path, "b")
+    seen.append(key())
+    assert all(one != other for index, one in enumerate(seen) for other in seen[:index])
+    assert key() == seen[-1]
+    found["onnxruntime"] = "1.22"
+    before = race_key("onnxruntime", 3.0, artifacts)
+    found["onnxruntime"] = "1.23"
+    assert race_key("onnxruntime", 3.0, artifacts) != before
 
 
 def test_engines_that_cannot_run_here_cannot_be_raced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,28 @@ def test_qoperator_is_taken_for_onnxruntime_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "onnxruntime",
+            "engines of build.target tensorrt alone, and build.target is onnxruntime: nothing would be INT8",
+        ),
+        ("tensorrt-rtx", "TensorRT-RTX has no calibrators"),
+        (["tensorrt", "tensorrt-rtx"], "TensorRT-RTX has no calibrators"),
+    ],
+)
+def test_the_native_quantizer_is_refused_for_other_targets_than_tensorrt(target: Any, said: str) -> None:
+    assert said in refusal({**MINIMAL, "quantize": {"quantizer": "tensorrt"}, "build": {"target": target}}).message
+
+
+def test_the_native_quantizer_leaves_the_graph_in_fp32() -> None:
+    chosen = resolve({**MINIMAL, "quantize": {"quantizer": "tensorrt"}, "build": {"target": "tensorrt"}})
+    assert (chosen.built_precision, chosen.graph_precision) == ("int8", "fp32")
+    assert resolve(MINIMAL).graph_precision == "int8"
+    assert resolve({**MINIMAL, "precision": "fp16"}).graph_precision == "fp16"
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"shape": "1x3"}, ((1, 3), (1, 3), (1, 3))),

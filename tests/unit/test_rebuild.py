@@ -1,0 +1,88 @@
+"""Which engine `gpuopt build` makes of a bundle, and which it refuses before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import helper
+
+from gpuopt import environment, rebuild
+from gpuopt.environment import Gpu
+from gpuopt.errors import UsageError
+from gpuopt.recipe import Recipe, resolve, set_value
+
+
+def bundle(folder: Path, opset: int = 17, **settings: Any) -> Path:
+    """As much of a bundle as the choice of the engine looks at; settings by recipe key with `__` for the dot."""
+    tree: dict[str, Any] = {"model": {"path": "m.onnx"}, "build": {"target": ["tensorrt", "onnxruntime"]}}
+    for key, value in {"build__legacy": False, **settings}.items():
+        set_value(tree, key.replace("__", "."), value)
+    (folder / "recipe.yaml").write_text(resolve(tree).to_yaml())
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], name="a")], "g", values[:1], values[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(made, str(folder / "model.onnx"))
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the machine one with these modules, this TensorRT, and a GPU or none."""
+
+    def make(*modules: str, version: tuple[int, int] | None = None, gpu: bool = True) -> None:
+        monkeypatch.setattr(environment, "has_module", lambda name: name in modules)
+        monkeypatch.setattr(environment, "gpus", lambda: [Gpu("NVIDIA L40S", "8.9", "12.4")] if gpu else [])
+        monkeypatch.setattr(environment, "tensorrt_version", lambda: version)
+
+    return make
+
+
+def chosen(folder: Path, target: str | None = None, *settings: str) -> Recipe:
+    return rebuild._recipe(folder, target, settings)
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "version"),
+    [
+        ("int8", "tensorrt-rtx", None),
+        ("fp16", "tensorrt-rtx", None),
+        ("int8", "tensorrt", (10, 3)),
+        ("fp16", "tensorrt", (11, 0)),
+    ],
+)
+def test_a_graph_for_tensorrt_8_is_not_built_as_another_precision(
+    precision: str, target: str, version: tuple[int, int] | None, machine: Any, tmp_path: Path
+) -> None:
+    machine("onnxruntime", "tensorrt", "tensorrt_rtx", version=version)
+    folder = bundle(tmp_path, precision=precision, build__legacy=True)
+    with pytest.raises(UsageError, match="computes in FP32 what is FP32 in the graph") as caught:
+        chosen(folder, target)
+    assert caught.value.hint == "Compile again without build.legacy."
+    with pytest.raises(UsageError, match="cannot change"):
+        chosen(folder, target, "build.legacy=false")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "fp32"}, {"quantize__quantizer": "tensorrt"}],
+    ids=["FP32 was asked for", "TensorRT's calibrator"],
+)
+def test_a_graph_for_tensorrt_8_that_loses_nothing_is_built_by_newer_ones(
+    settings: dict[str, Any], machine: Any, tmp_path: Path
+) -> None:
+    machine("onnxruntime", "tensorrt", version=(10, 3))
+    assert chosen(bundle(tmp_path, build__legacy=True, **settings)).build.target[0] == "tensorrt"
+
+
+def test_tensorrt_8_is_told_what_it_does_not_read(machine: Any, tmp_path: Path) -> None:
+    machine("onnxruntime", "tensorrt", version=(8, 5))
+    with pytest.raises(UsageError, match=r"TensorRT 8\.5 does not read INT8"):
+        chosen(bundle(tmp_path))
+    with pytest.raises(UsageError, match=r"up to opset 17, model\.onnx has opset 18"):
+        chosen(bundle(tmp_path, 18, build__legacy=True))
+    assert chosen(bundle(tmp_path, build__legacy=True)).build.legacy
+    machine("onnxruntime", "tensorrt", version=(10, 3))
+    assert chosen(bundle(tmp_path, 20)).build.target[0] == "tensorrt"
