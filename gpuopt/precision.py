@@ -194,7 +194,7 @@ class Contest:
         with self.progress.stage(f"race {target}"), self.cache.scratch() as scratch, Worker() as worker:
             staged = scratch / "result"
             staged.mkdir()
-            recipe = self.recipe.restricted_to(("speed",))
+            recipe = self.recipe.restricted_to(("speed", "build.plugins", "build.version_compatible"))
             context = StageContext(recipe, artifacts, staged, self.progress, target=target)
             outcome, seconds = worker.run("race", context)
             record = {"facts": dict(outcome.facts), "warnings": [], "seconds": round(seconds, 3)}
