@@ -181,7 +181,7 @@ def _prepare(bench: Bench, network: Network) -> None:
     model: list[str | Path] = [network.factory]
     if network.trained:
         weights = home / "model.pth"
-        if not weights.is_file():
+        if not (home / "evaluation.npz").is_file():
             run([sys.executable, HERE / "peers/networks.py", network.trained, "0", home], home / "training.log")
         model = [weights, "--model", network.factory]
     if not (home / SAMPLES).is_file():
@@ -266,7 +266,7 @@ def _passed(told: Path) -> bool:
 
 def _build_bundle(bench: Bench, network: Network, precision: str) -> None:
     told = bench.home(network) / f"build-{precision}.json"
-    if not _passed(told):
+    if (bench.home(network) / f"{precision}.gpuopt").is_dir() and not _passed(told):
         asked = ("build", bench.home(network) / f"{precision}.gpuopt", "-t", "tensorrt", *_NO_LIMITS, *_sources())
         text = run(gpuopt(*asked, "--cache-dir", bench.folder / "cache", "--json"), told.with_suffix(".log"))
         told.write_text(text)
@@ -276,7 +276,7 @@ def compile_onnx(bench: Bench, network: Network, precision: str) -> None:
     """Compile the FP32 graph; `native` is INT8 by TensorRT's own calibrator."""
     home = bench.home(network)
     told = home / f"compile-{precision}.json"
-    if _passed(told):
+    if _passed(told) or not (home / "fp32.gpuopt").is_dir():
         return
     quantizer = ("--quantizer", "tensorrt") if precision == "native" else ()
     checks = ("--set", "speed.check=false") if precision != "auto" else ()

@@ -67,7 +67,12 @@ def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
     ):
         timings.append(_once(subject))
     per_round = max(1, int(settings.seconds / 2 / _ROUNDS / max(summarize(timings).mean / 1000, 1e-6)))
-    rounds = sorted(subject.run_many(min(per_round, settings.most)) for _ in range(_ROUNDS))
+    per_round = min(per_round, settings.most)
+    # Single inferences leave the GPU idle between them, and its clocks sink: they rise again before the rounds count.
+    started = time.perf_counter()
+    while time.perf_counter() - started < min(_SHORTEST_WARM_UP, settings.warm_up_seconds):
+        subject.run_many(per_round)
+    rounds = sorted(subject.run_many(per_round) for _ in range(_ROUNDS))
     return Measurement(summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(before), was_steady)
 
 

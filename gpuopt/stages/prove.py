@@ -12,6 +12,7 @@ import numpy as np
 from gpuopt import engine_record, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.tensorrt import inspector
+from gpuopt.backends.tensorrt.inspector import EngineLayer
 from gpuopt.backends.tensorrt.runtime import (
     ExecutionOptions,
     LoadedEngine,
@@ -91,8 +92,7 @@ def prove(
         repeats_equal = _repeats_equal(engine, stored)
         if not repeats_equal:
             warnings.append(f"{path.name} does not give the same bytes for the same inputs each time")
-        found_layers = inspector.layers(engine.layer_information())
-        times = _layer_times(engine, stored)
+        found_layers, times = _layers(engine, stored)
         facts = {
             "target": record.target,
             "file": path.name,
@@ -151,12 +151,13 @@ def _repeats_equal(engine: LoadedEngine, stored: Reference) -> bool:
     return True
 
 
-def _layer_times(engine: LoadedEngine, stored: Reference) -> dict[str, float]:
-    """Milliseconds of each layer at the first profile's optimum."""
+def _layers(engine: LoadedEngine, stored: Reference) -> tuple[tuple[EngineLayer, ...], dict[str, float]]:
+    """Layers and milliseconds of each at the first profile's optimum: without shapes TensorRT tells no formats."""
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
     with engine.execution(shapes) as execution:
         execution.run(feeds_of_shape(engine, shapes))
-        return {time.name: time.milliseconds for time in execution.time_layers(_TIMED_ITERATIONS)}
+        found = inspector.layers(engine.layer_information(execution))
+        return found, {time.name: time.milliseconds for time in execution.time_layers(_TIMED_ITERATIONS)}
 
 
 def _layer_row(layer: inspector.EngineLayer, times: Mapping[str, float]) -> dict[str, Any]:
