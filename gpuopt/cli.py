@@ -253,7 +253,9 @@ def compile(  # noqa: A001 - the command's name
     min_precision_coverage: Annotated[
         str | None,
         typer.Option(
-            "--min-precision-coverage", metavar="SHARE", help="Of an engine's time in the asked-for precision, as 80%."
+            "--min-precision-coverage",
+            metavar="SHARE",
+            help="Of the computing layers' time in the asked-for precision, as 80%; the engine has to run here.",
         ),
     ] = None,
     opset: OpsetOption = None,

@@ -20,9 +20,11 @@ from gpuopt.pipeline import (
     Runner,
     builds_engine,
     check_engine_graph,
+    check_provable,
     check_request,
     is_native,
     model_sha256,
+    why_not_provable,
 )
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
@@ -128,6 +130,7 @@ def compile_model(
     try:
         check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
+        check_provable(recipe)
         bundle.check_destination(destination)
         if recipe.precision == "auto":
             choice = contest.choose()
@@ -189,6 +192,10 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
     for target, proof in proofs.items():
         error = error or low_coverage(target, proof, recipe)
+    unproved = why_not_provable(recipe)
+    unchecked = [f"verify.min_precision_coverage was not checked here: {unproved}"] if unproved else []
+    for warning in unchecked:
+        progress.warn(warning)
     with storage_errors("read", folder / bundle.REPORT_FILE):
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
     seconds = time.monotonic() - started
@@ -209,7 +216,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
                 for engine in before.engines
             ],
             "verification": result,
-            "warnings": result["warnings"],
+            "warnings": [*result["warnings"], *unchecked],
             "environment": environment.describe(),
             "seconds": round(seconds, 3),
         }
@@ -277,13 +284,14 @@ def verdict(runner: Runner) -> GpuoptError | None:
 
 
 def low_coverage(target: str, proof: Mapping[str, Any], recipe: Recipe) -> PrecisionError | None:
-    """The error of an engine that spends less of its time in the asked-for precision than was demanded."""
+    """The error of an engine whose layers compute less of their time in the asked-for precision than was demanded."""
     wanted = recipe.verify.min_precision_coverage
     share = (proof["coverage"]["time_share"] or {}).get(recipe.precision, 0.0)
     if wanted is None or share >= wanted:
         return None
     return PrecisionError(
-        f"{target}: {share:.1%} of the engine's time is in {recipe.precision.upper()}, {wanted:.1%} was demanded",
+        f"{target}: {share:.1%} of the computing layers' time is in {recipe.precision.upper()}, "
+        f"{wanted:.1%} was demanded",
         "The report's layer table shows what is not; 'gpuopt quantize --explain' says why.",
     )
 

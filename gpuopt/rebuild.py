@@ -16,7 +16,7 @@ from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import Outcome, engine_reports, failure_of, now, verdict
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, graph_mismatch
+from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
 from gpuopt.report.markdown import render as render_markdown
@@ -42,6 +42,7 @@ def build_bundle(
         StorageError: the bundle is damaged.
         UsageError: a setting of another section, or a graph that the TensorRT here does not read.
         RequirementError: the target cannot be built here.
+        PrecisionError: a share of the precision is demanded, and the engine cannot be run here.
     """
     started = time.monotonic()
     manifest = bundle.open_bundle(folder)
@@ -49,6 +50,7 @@ def build_bundle(
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
     recipe = _recipe(folder, target, settings)
     environment.check_targets(recipe.build.target)
+    check_provable(recipe)
     runner = Runner(recipe, cache, progress, f"{folder.absolute()} build")
     error: GpuoptError | None = None
     with cache.scratch() as scratch:

@@ -218,6 +218,27 @@ def test_the_graph_beside_tensorrt_s_own_quantizer_is_called_fp32(gpuopt: Gpuopt
     assert checked["verification"]["limits"]["min_cosine"] == 0.99999
 
 
+def test_a_demanded_share_that_no_engine_can_show_is_not_passed(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt.environment import gpus
+
+    demand = ("--min-precision-coverage", "80%")
+    ways = [("-t", "onnxruntime"), ("-t", "tensorrt-rtx", "--no-build")]
+    ways += [("-t", "tensorrt-rtx", "--set", "verify.enabled=false")]
+    if not gpus():
+        ways += [("-t", "tensorrt-rtx"), ("-t", "tensorrt-rtx", "-p", "auto")]
+    for way in ways:
+        result = gpuopt("compile", project / "model.pt", *way, *demand, "--json")
+        assert result.code == 12, (way, result.stderr)
+        assert "nothing can be proved here" in result.stderr
+        assert result.report()["error"]["kind"] == "precision"
+    assert leftovers(project) == set(), "it is told before any work"
+    assert gpuopt("compile", project / "model.pt", "-t", "tensorrt-rtx", "--no-build").code == 0
+    if not gpus():
+        built = gpuopt("build", project / "model.gpuopt", "--set", "verify.min_precision_coverage=80%")
+        assert built.code == 12, built.stderr
+        assert "does not run: no NVIDIA GPU" in built.stderr
+
+
 def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
     model, bundle = project / "model.pt", project / "model.gpuopt"
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
