@@ -110,7 +110,7 @@ def compile_model(
     destination = bundle_folder(recipe)
     notes = []
     if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
-        notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
+        notes.append(NO_ENGINE)
     if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
         notes.append("the evaluation data plays no part without --max-accuracy-drop")
     if is_native(recipe) and not recipe.build.enabled:
@@ -252,6 +252,7 @@ def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
     return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
 
+NO_ENGINE = "no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'"
 NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
 _FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"
 _ACCURACY_HINT = (
@@ -326,23 +327,29 @@ def _report(
         ),
         precision=recipe.precision,
         bundle=str(bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe))),
-        stages=[
-            StageReport(
-                name=result.step.stage.name,
-                target=result.step.target or None,
-                cached=result.cached,
-                reason=result.reason,
-                seconds=result.entry.seconds,
-                facts=dict(result.entry.facts),
-            )
-            for result in results
-        ],
+        stages=stage_reports(runner) if runner else [],
         engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,
         warnings=[warning for result in results for warning in result.entry.warnings],
         environment=environment.describe(),
         seconds=round(seconds, 3),
     )
+
+
+def stage_reports(runner: Runner) -> list[StageReport]:
+    """A part for every stage that finished."""
+    return [
+        StageReport(
+            name=result.step.stage.name,
+            target=result.step.target or None,
+            cached=result.cached,
+            reason=result.reason,
+            seconds=result.entry.seconds,
+            facts=dict(result.entry.facts),
+            warnings=list(result.entry.warnings),
+        )
+        for result in runner.results
+    ]
 
 
 def engine_reports(runner: Runner) -> list[EngineReport]:

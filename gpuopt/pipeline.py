@@ -566,8 +566,8 @@ def check_provable(recipe: Recipe) -> None:
     """
     if reason := why_not_provable(recipe):
         raise PrecisionError(
-            f"verify.min_precision_coverage demands {recipe.verify.min_precision_coverage:.1%}, and nothing can be proved "
-            f"here: {reason}",
+            f"verify.min_precision_coverage demands {recipe.verify.min_precision_coverage:.1%}, "
+            f"and nothing can be proved here: {reason}",
             "Run it where the engine runs, or leave the demand to 'gpuopt build' there\n"
             "(--set verify.min_precision_coverage=80%).",
         )
