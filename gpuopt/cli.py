@@ -613,12 +613,13 @@ def profile(
     quiet: QuietFlag = False,
 ) -> None:
     """Show where the time goes, layer by layer, and what bounds each layer."""
+    from gpuopt import request
     from gpuopt.profiling import command
     from gpuopt.storage import write_text
 
-    found = command.profile(subject, iterations, sys.argv, _progress(quiet))
     if trace is not None:
-        command.trace(subject, trace)
+        request.check_trace(subject, trace)
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet))
     document = found.model_dump_json(indent=2)
     if output is not None:
         write_text(output, document + "\n")
@@ -628,6 +629,8 @@ def profile(
         _answer(document)
     elif not quiet:
         typer.echo(command.render(found, not in_order))
+    if trace is not None:
+        command.trace(subject, trace)
 
 
 @app.command()

@@ -332,3 +332,30 @@ def test_no_error_shows_a_traceback_unless_asked(gpuopt: Gpuopt, tmp_path: Path)
     assert plain.code == 3
     assert "Traceback" not in plain.stderr
     assert "Traceback" in gpuopt("--debug", "compile", tmp_path / "model.pt", "-p", "fp16").stderr
+
+
+def test_a_trace_that_cannot_be_taken_is_told_before_the_profile(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    engine = tmp_path / "model.tensorrt.engine"
+    engine.write_bytes(b"a plan")
+    result = gpuopt("profile", engine, "--trace", tmp_path / "trace.json")
+    assert result.code == 2
+    assert "model.tensorrt.engine is no bundle" in result.stderr
+    result = gpuopt("profile", engine, "--trace", tmp_path / "trace.txt")
+    assert result.code == 2
+    assert "a trace is a .json or .json.gz file" in result.stderr
+    small.save("onnx", tmp_path / "model.onnx")
+    assert gpuopt("compile", tmp_path / "model.onnx", "-p", "fp32", "-t", "onnxruntime").code == 0
+    result = gpuopt("profile", tmp_path / "model.gpuopt", "--trace", tmp_path / "trace.json", "--json")
+    assert result.code == 2
+    assert "compiled from ONNX" in result.stderr
+    assert "profile" not in result.stderr.partition("gpuopt:")[0], "nothing was profiled"
+
+
+def test_a_trace_stands_beside_the_profile(gpuopt: Gpuopt, project: Path) -> None:
+    assert gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime").code == 0
+    result = gpuopt(
+        "profile", project / "model.gpuopt", "--trace", project / "trace.json.gz", "--json", "--iterations", 2
+    )
+    assert result.code == 0, result.stderr
+    assert result.report()["layers"]
+    assert (project / "trace.json.gz").stat().st_size > 0
