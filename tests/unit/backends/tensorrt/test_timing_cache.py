@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,44 @@ def test_a_cache_grows_with_what_other_builds_added_meanwhile(tmp_path: Path) ->
     use, _ = timing_cache.save(config, second, path, {"NOTED": [line]})
     assert use.hits == 118
     assert path.read_bytes() == HEAD + b"a,b,c"
+
+
+def _save_many(path: Path, barrier: Any, mark: bytes) -> None:
+    barrier.wait()
+    for turn in range(40):
+        attached = timing_cache.Attached(Cache(b""), 0, ())
+        attached.cache.entries.add(mark + str(turn).encode())
+        timing_cache.save(Config(), attached, path, {})
+
+
+def test_simultaneous_savers_keep_each_other_s_entries(tmp_path: Path) -> None:
+    path = tmp_path / "folder/cache"
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    workers = [context.Process(target=_save_many, args=(path, barrier, mark)) for mark in (b"a", b"b", b"c")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert Cache(path.read_bytes()).entries == {
+        mark + str(n).encode() for mark in (b"a", b"b", b"c") for n in range(40)
+    }
+
+
+def test_a_lock_that_is_not_let_go_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_cache, "_LOCK_SECONDS", 0.1)
+    path = tmp_path / "cache"
+    attached = timing_cache.Attached(Cache(HEAD + b"a"), 0, ())
+    with (tmp_path / "cache.lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        use, (warning,) = timing_cache.save(Config(), attached, path, {})
+        assert "may be lost: another process has held" in warning
+        assert (use.written_bytes, path.read_bytes()) == (len(HEAD) + 1, HEAD + b"a")
+    assert timing_cache.save(Config(), attached, path, {})[1] == ()
+    (tmp_path / "cache.lock").unlink()
+    (tmp_path / "cache.lock").mkdir()
+    assert "cannot be locked" in timing_cache.save(Config(), attached, path, {})[1][0]
 
 
 @pytest.mark.parametrize("content", [b"damaged", HEAD + b"foreign"])
