@@ -239,6 +239,21 @@ def test_a_demanded_share_that_no_engine_can_show_is_not_passed(gpuopt: Gpuopt, 
         assert "does not run: no NVIDIA GPU" in built.stderr
 
 
+def test_verify_warns_of_a_demanded_share_that_it_cannot_check(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt import bundle
+    from gpuopt.recipe import load, resolve, set_value
+
+    folder = project / "model.gpuopt"
+    assert gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime").code == 0
+    recipe = load(folder / "recipe.yaml")
+    set_value(recipe, "verify.min_precision_coverage", "80%")
+    files = {path.name: path for path in folder.iterdir() if path.name not in ("recipe.yaml", bundle.MANIFEST_FILE)}
+    bundle.write(folder, files, {"recipe.yaml": resolve(recipe).to_yaml()}, {})
+    result = gpuopt("verify", folder, "--json")
+    assert result.code == 0, result.stderr
+    assert any("min_precision_coverage was not checked here" in warning for warning in result.report()["warnings"])
+
+
 def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
     model, bundle = project / "model.pt", project / "model.gpuopt"
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
