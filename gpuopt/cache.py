@@ -99,11 +99,19 @@ class Cache:
             try:
                 staged.rename(folder)
             except OSError:
-                # Another run was first, and its files are what lies there now; or it is a damaged entry.
-                if existing := self.lookup(parts):
+                # Another run was first, and its files are what lies there now; or it is a damaged entry, which the
+                # lookup puts aside, and then another run may be first again.
+                existing = self.lookup(parts)
+                if existing is None:
+                    try:
+                        staged.rename(folder)
+                    except OSError:
+                        existing = self.lookup(parts)
+                        if existing is None:
+                            raise
+                if existing is not None:
                     # A stage without a key is filed by what it made: the same files, but facts of its own.
                     return Entry(existing.artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])
-                staged.rename(folder)
         self.journal(parts).unlink(missing_ok=True)
         artifacts = {kind: Artifact(kind, folder / kind, sha256_json(hashes[kind])) for kind in kinds}
         return Entry(artifacts, record["facts"], tuple(record["warnings"]), record["seconds"])

@@ -257,7 +257,9 @@ def compile(  # noqa: A001 - the command's name
     min_precision_coverage: Annotated[
         str | None,
         typer.Option(
-            "--min-precision-coverage", metavar="SHARE", help="Of an engine's time in the asked-for precision, as 80%."
+            "--min-precision-coverage",
+            metavar="SHARE",
+            help="Of the computing layers' time in the asked-for precision, as 80%; the engine has to run here.",
         ),
     ] = None,
     opset: OpsetOption = None,
@@ -618,12 +620,13 @@ def profile(
     quiet: QuietFlag = False,
 ) -> None:
     """Show where the time goes, layer by layer, and what bounds each layer."""
+    from gpuopt import request
     from gpuopt.profiling import command
     from gpuopt.storage import write_text
 
-    found = command.profile(subject, iterations, sys.argv, _progress(quiet), plugins or ())
     if trace is not None:
-        command.trace(subject, trace)
+        request.check_trace(subject, trace)
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet), plugins or ())
     document = found.model_dump_json(indent=2)
     if output is not None:
         write_text(output, document + "\n")
@@ -633,6 +636,8 @@ def profile(
         _answer(document)
     elif not quiet:
         typer.echo(command.render(found, not in_order))
+    if trace is not None:
+        command.trace(subject, trace)
 
 
 @app.command()

@@ -20,9 +20,11 @@ from gpuopt.pipeline import (
     Runner,
     builds_engine,
     check_engine_graph,
+    check_provable,
     check_request,
     is_native,
     model_sha256,
+    why_not_provable,
 )
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
@@ -108,7 +110,7 @@ def compile_model(
     destination = bundle_folder(recipe)
     notes = []
     if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
-        notes.append("no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'")
+        notes.append(NO_ENGINE)
     if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
         notes.append("the evaluation data plays no part without --max-accuracy-drop")
     if is_native(recipe) and not recipe.build.enabled:
@@ -128,6 +130,7 @@ def compile_model(
     try:
         check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
+        check_provable(recipe)
         bundle.check_destination(destination)
         if recipe.precision == "auto":
             choice = contest.choose()
@@ -189,6 +192,10 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
     for target, proof in proofs.items():
         error = error or low_coverage(target, proof, recipe)
+    unproved = why_not_provable(recipe)
+    unchecked = [f"verify.min_precision_coverage was not checked here: {unproved}"] if unproved else []
+    for warning in unchecked:
+        progress.warn(warning)
     with storage_errors("read", folder / bundle.REPORT_FILE):
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
     seconds = time.monotonic() - started
@@ -209,7 +216,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
                 for engine in before.engines
             ],
             "verification": result,
-            "warnings": result["warnings"],
+            "warnings": [*result["warnings"], *unchecked],
             "environment": environment.describe(),
             "seconds": round(seconds, 3),
         }
@@ -245,6 +252,7 @@ def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
     return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
 
+NO_ENGINE = "no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'"
 NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
 _FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"
 _ACCURACY_HINT = (
@@ -277,13 +285,14 @@ def verdict(runner: Runner) -> GpuoptError | None:
 
 
 def low_coverage(target: str, proof: Mapping[str, Any], recipe: Recipe) -> PrecisionError | None:
-    """The error of an engine that spends less of its time in the asked-for precision than was demanded."""
+    """The error of an engine whose layers compute less of their time in the asked-for precision than was demanded."""
     wanted = recipe.verify.min_precision_coverage
     share = (proof["coverage"]["time_share"] or {}).get(recipe.precision, 0.0)
     if wanted is None or share >= wanted:
         return None
     return PrecisionError(
-        f"{target}: {share:.1%} of the engine's time is in {recipe.precision.upper()}, {wanted:.1%} was demanded",
+        f"{target}: {share:.1%} of the computing layers' time is in {recipe.precision.upper()}, "
+        f"{wanted:.1%} was demanded",
         "The report's layer table shows what is not; 'gpuopt quantize --explain' says why.",
     )
 
@@ -318,23 +327,29 @@ def _report(
         ),
         precision=recipe.precision,
         bundle=str(bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe))),
-        stages=[
-            StageReport(
-                name=result.step.stage.name,
-                target=result.step.target or None,
-                cached=result.cached,
-                reason=result.reason,
-                seconds=result.entry.seconds,
-                facts=dict(result.entry.facts),
-            )
-            for result in results
-        ],
+        stages=stage_reports(runner) if runner else [],
         engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,
         warnings=[warning for result in results for warning in result.entry.warnings],
         environment=environment.describe(),
         seconds=round(seconds, 3),
     )
+
+
+def stage_reports(runner: Runner) -> list[StageReport]:
+    """A part for every stage that finished."""
+    return [
+        StageReport(
+            name=result.step.stage.name,
+            target=result.step.target or None,
+            cached=result.cached,
+            reason=result.reason,
+            seconds=result.entry.seconds,
+            facts=dict(result.entry.facts),
+            warnings=list(result.entry.warnings),
+        )
+        for result in runner.results
+    ]
 
 
 def engine_reports(runner: Runner) -> list[EngineReport]:

@@ -57,11 +57,12 @@ class Engine(abc.ABC):
 
         Raises:
             DataError: an input is missing or unknown, or has a wrong dtype or shape.
+            UsageError: ONNX Runtime's engine is closed.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let the engine and its memory go."""
+        """Let the engine and its memory go; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +84,9 @@ def load(
 
     Args:
         path: what `gpuopt compile` wrote, or `model.tensorrt.engine` with its record `.json` beside it.
-        target: which of a bundle's engines; None: TensorRT where it can run here, else ONNX Runtime.
+        target: which of a bundle's engines; None: that of TensorRT, or of TensorRT-RTX, where a GPU, the library and
+            pycuda are there, else ONNX Runtime. An engine that this machine refuses is an error even then: to run
+            something slower in its place would go unnoticed.
         device: index of the GPU.
         cuda_graph: run each shape as a CUDA graph: less work for the CPU, the same results.
         plugins: libraries of TensorRT plugins that the engine was built with; loading them runs their code.
@@ -215,7 +218,9 @@ class _OnnxRuntimeEngine(Engine):
 
         stored = reference.load(folder / "reference")
         model = folder / ONNX_FILE
-        self._session = Session(model, execution_providers("auto"), disabled=optimizers_to_disable(model))
+        self._session: Session | None = Session(
+            model, execution_providers("auto"), disabled=optimizers_to_disable(model)
+        )
         self.target = "onnxruntime"
         self.inputs, self.outputs, self.profiles = stored.inputs, stored.outputs, stored.profiles
 
@@ -232,7 +237,9 @@ class _OnnxRuntimeEngine(Engine):
                     f"the model takes {format_shape(spec.shape)}",
                     "Change the input.",
                 )
+        if self._session is None:
+            raise UsageError("the engine is closed", "Load it again with gpuopt.load.")
         return self._session.run(arrays)
 
     def close(self) -> None:
-        del self._session
+        self._session = None

@@ -121,7 +121,7 @@ class EngineError(GpuoptError):
 
 
 class PrecisionError(GpuoptError):
-    """The built engine runs less of its work in the asked-for precision than was demanded."""
+    """The engine runs less of its work in the asked-for precision than was demanded, or cannot be run to show it."""
 
     exit_code = 12
     kind = "precision"

@@ -15,7 +15,7 @@ import gpuopt
 from gpuopt import environment
 from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
-from gpuopt.errors import DataError, GpuoptError, StorageError, UsageError
+from gpuopt.errors import DataError, GpuoptError, PrecisionError, StorageError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import FACTORY_PATTERN, AccuracySection, ModelSection, Recipe
 from gpuopt.stages.context import StageContext
@@ -542,6 +542,36 @@ def check_engine_graph(recipe: Recipe) -> None:
             "Compile for one target at a time, each with an --output of its own.",
         )
     raise UsageError(reason, f"Leave out build.legacy={str(bool(recipe.build.legacy)).lower()}.")
+
+
+def why_not_provable(recipe: Recipe) -> str:
+    """Why a demanded share of the asked-for precision cannot be shown here; empty if it can, or none is demanded."""
+    engines = [target for target in recipe.build.target if target != "onnxruntime"]
+    if not recipe.verify.min_precision_coverage:
+        return ""
+    if not engines:
+        return "no engine is made, only a model for ONNX Runtime"
+    if not recipe.build.enabled:
+        return "no engine is built (build.enabled is false)"
+    if not recipe.verify.enabled:
+        return "no engine is run (verify.enabled is false)"
+    reasons = {target: environment.why_not_run(target) for target in engines}
+    return next((f"the engine for {target} does not run: {reason}" for target, reason in reasons.items() if reason), "")
+
+
+def check_provable(recipe: Recipe) -> None:
+    """Refuse a demand that nothing here can show to be met: it would pass unseen.
+
+    Raises:
+        PrecisionError: a share of the asked-for precision is demanded, and no engine will be run.
+    """
+    if reason := why_not_provable(recipe):
+        raise PrecisionError(
+            f"verify.min_precision_coverage demands {recipe.verify.min_precision_coverage:.1%}, "
+            f"and nothing can be proved here: {reason}",
+            "Run it where the engine runs, or leave the demand to 'gpuopt build' there\n"
+            "(--set verify.min_precision_coverage=80%).",
+        )
 
 
 def check_own_quantizer(recipe: Recipe, command: str) -> None:

@@ -14,13 +14,22 @@ import gpuopt
 from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
-from gpuopt.compile import Outcome, engine_reports, failure_of, now, verdict
+from gpuopt.compile import (
+    NO_ENGINE,
+    NOT_INT8_YET,
+    Outcome,
+    engine_reports,
+    failure_of,
+    now,
+    stage_reports,
+    verdict,
+)
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, graph_mismatch
+from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
 from gpuopt.report.markdown import render as render_markdown
-from gpuopt.report.model import Report, StageReport
+from gpuopt.report.model import Report
 from gpuopt.storage import storage_errors
 
 _CHANGEABLE = ("build", "verify")
@@ -42,13 +51,16 @@ def build_bundle(
         StorageError: the bundle is damaged.
         UsageError: a setting of another section, or a graph that the TensorRT here does not read.
         RequirementError: the target cannot be built here.
+        PrecisionError: a share of the precision is demanded, and the engine cannot be run here.
     """
     started = time.monotonic()
     manifest = bundle.open_bundle(folder)
     with storage_errors("read", folder):
         before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
     recipe = _recipe(folder, target, settings)
-    environment.check_targets(recipe.build.target)
+    engine = recipe.build.target[0]
+    environment.check_targets([engine])
+    check_provable(recipe)
     runner = Runner(recipe, cache, progress, f"{folder.absolute()} build")
     error: GpuoptError | None = None
     with cache.scratch() as scratch:
@@ -58,6 +70,10 @@ def build_bundle(
             error = verdict(runner)
         except GpuoptError as failure:
             error = failure
+        old = [s for s in before.stages if s.name in ("build", "prove") and s.target == engine]
+        kept = [stage for stage in before.stages if stage not in old]
+        outdated = {w for stage in old for w in stage.warnings} - {w for stage in kept for w in stage.warnings}
+        outdated |= {NO_ENGINE, NOT_INT8_YET}
         report = before.model_copy(
             update={
                 "command": list(command),
@@ -66,15 +82,20 @@ def build_bundle(
                 "status": "failed" if error else "passed",
                 "error": failure_of(error, runner.at_work.label if runner.at_work else None),
                 "bundle": str(folder.absolute()),
-                "stages": [*(s for s in before.stages if s.name not in ("build", "prove")), *_stages(runner)],
+                "stages": [*kept, *stage_reports(runner)],
                 "engines": _engines(before, runner),
                 "environment": environment.describe(),
-                "warnings": [warning for result in runner.results for warning in result.entry.warnings],
+                # Speeds are not compared here, and those of another machine say nothing about this engine.
+                "race": None,
+                "warnings": [
+                    *(warning for warning in before.warnings if warning not in outdated),
+                    *(warning for result in runner.results for warning in result.entry.warnings),
+                ],
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
         if error is None:
-            _write(folder, manifest, recipe, runner, report)
+            _write(folder, manifest, _with_targets(recipe, report), runner, report)
     return Outcome(report, error)
 
 
@@ -93,11 +114,8 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
                 "Compile again for the other graph.",
             )
         set_value(tree, key, value)
-    asked = [name for name in resolve(tree).build.target if name != "onnxruntime"]
-    ready = {state.target for state in environment.target_states() if state.ready}
-    possible = [name for name in (*asked, *environment.default_targets()) if name in ready and name != "onnxruntime"]
-    engine = target or next(iter(possible), None)
-    if engine is None or engine == "onnxruntime":
+    engine = target or environment.default_targets()[0]
+    if engine == "onnxruntime":
         raise UsageError(
             "no engine can be built here: neither TensorRT with a GPU nor TensorRT-RTX is there",
             "'gpuopt doctor' says what each needs.",
@@ -145,18 +163,12 @@ def _adopt(runner: Runner, folder: Path, scratch: Path) -> None:
     runner.adopt("reference", folder / "reference")
 
 
-def _stages(runner: Runner) -> list[StageReport]:
-    return [
-        StageReport(
-            name=result.step.stage.name,
-            target=result.step.target or None,
-            cached=result.cached,
-            reason=result.reason,
-            seconds=result.entry.seconds,
-            facts=dict(result.entry.facts),
-        )
-        for result in runner.results
-    ]
+def _with_targets(recipe: Recipe, report: Report) -> Recipe:
+    """The bundle's recipe: its targets are those of all the files in it, the engine made now first."""
+    tree = recipe.model_dump(mode="json")
+    engines = (engine.target for engine in report.engines if engine.target != "onnxruntime")
+    tree["build"]["target"] = list(dict.fromkeys((recipe.build.target[0], *engines, "onnxruntime")))
+    return resolve(tree)
 
 
 def _engines(before: Report, runner: Runner) -> list[Any]:

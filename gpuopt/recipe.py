@@ -334,7 +334,8 @@ class VerifySection(Section):
     min_sqnr_db: float | None = Field(None, description="Empty: not checked.")
     batch_invariance: bool = True
     min_precision_coverage: Annotated[float, BeforeValidator(_as_share), Field(ge=0, le=1)] | None = Field(
-        None, description="Share of an engine's time in the asked-for precision, as 80%; below it the run fails."
+        None,
+        description="Share of the computing layers' time in the asked-for precision, as 80%; less, or unseen, fails.",
     )
 
 

@@ -164,6 +164,31 @@ def sizes(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def check_trace(subject: Path, path: Path) -> None:
+    """Refuse before the profile what no trace can be taken of, or into.
+
+    Raises:
+        UsageError: the subject is no bundle, or one that was compiled from ONNX; the file has another ending.
+        RequirementError: torch is not installed.
+        StorageError: the bundle is damaged.
+    """
+    from gpuopt import bundle
+    from gpuopt.model_file import ModelKind, detect
+
+    if not path.name.endswith((".json", ".json.gz")):
+        raise UsageError(f"a trace is a .json or .json.gz file, not {path.name}", "Name it so.")
+    if not subject.is_dir():
+        raise UsageError(
+            f"a trace is of the PyTorch model that a bundle's recipe names, and {subject.name} is no bundle",
+            "Name the bundle's folder, or leave out --trace.",
+        )
+    bundle.open_bundle(subject)
+    model = resolve(load(subject / "recipe.yaml")).model
+    if model.path and detect(Path(model.path)) is ModelKind.ONNX:
+        raise UsageError("the bundle was compiled from ONNX: there is no PyTorch model to trace", "Leave out --trace.")
+    environment.require("torch", "tracing the PyTorch model")
+
+
 @contextlib.contextmanager
 def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
     """The stage cache; a temporary one if nothing is to be kept."""

@@ -22,7 +22,7 @@ class Failure(_Part):
 
 
 class StageReport(_Part):
-    """One stage: its time when it ran, and what it said."""
+    """One stage: its time when it ran, and what it said; its warnings are in the report's, too."""
 
     name: str
     target: str | None
@@ -30,6 +30,7 @@ class StageReport(_Part):
     reason: str
     seconds: float
     facts: dict[str, Any]
+    warnings: list[str] = []
 
 
 class EngineReport(_Part):

@@ -73,9 +73,10 @@ def render(report: Report, folder: str) -> str:
 def _proof(target: str, proof: Mapping[str, Any]) -> str:
     shares = proof["coverage"]["time_share"] or proof["coverage"]["layer_share"]
     told = ", ".join(f"{share:.1%} {name.upper()}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+    measured = "computing layers' time" if proof["coverage"]["time_share"] else "computing layers"
     worst = min((row["sqnr_db"] for row in proof["outputs"] if row["sqnr_db"] is not None), default=None)
     accuracy = "exact" if worst is None else f"SQNR {worst:.1f} dB"
-    return f"{target:<13}run on {proof['gpu']}: {told} of the time; {accuracy}"
+    return f"{target:<13}run on {proof['gpu']}: {told} of the {measured}; {accuracy}"
 
 
 def render_facts(report: Report) -> str:

@@ -19,6 +19,7 @@ from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.engine_record import EngineRecord, TensorRecord
 from gpuopt.environment import Gpu
+from gpuopt.errors import DataError
 from gpuopt.reference import Array, Reference
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
@@ -76,18 +77,29 @@ def recipe_is_native(context: StageContext) -> bool:
 
 
 def _native_calibration(context: StageContext, stored: Reference) -> NativeCalibration:
-    """TensorRT's calibrator over the recipe's data, in batches of the first profile's optimum."""
+    """TensorRT's calibrator over the recipe's data, in batches of the first profile's optimum.
+
+    Its feeds end in a DataError where the samples fill no batch.
+    """
     asked = context.recipe.calibrate.method
     batch = max((bounds.opt[0] for bounds in stored.profiles[0].values() if bounds.opt), default=1)
 
     def batches() -> Iterator[Mapping[str, Array]]:
         waiting: list[Mapping[str, Array]] = []
+        samples = 0
         for feed in open_for_model(context, stored.inputs):
             waiting.append(feed)
+            samples += len(next(iter(feed.values())))
             if sum(len(next(iter(one.values()))) for one in waiting) >= batch:
                 # Samples that fill no whole batch at the end are left out: the calibrator takes batches of one shape.
                 yield {name: np.concatenate([one[name] for one in waiting])[:batch] for name in waiting[0]}
                 waiting = []
+        if samples < batch:
+            raise DataError(
+                f"{samples} calibration sample{' does' if samples == 1 else 's do'} not fill a batch: TensorRT's "
+                f"calibrator needs {batch}, the size that the first profile is tuned for",
+                "Give more data (and as many --calibration-samples), or tune for a smaller batch with --opt-shapes.",
+            )
 
     return NativeCalibration("minmax" if asked == "minmax" else "entropy", batches, batch)
 

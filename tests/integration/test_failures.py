@@ -218,6 +218,42 @@ def test_the_graph_beside_tensorrt_s_own_quantizer_is_called_fp32(gpuopt: Gpuopt
     assert checked["verification"]["limits"]["min_cosine"] == 0.99999
 
 
+def test_a_demanded_share_that_no_engine_can_show_is_not_passed(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt.environment import gpus
+
+    demand = ("--min-precision-coverage", "80%")
+    ways = [("-t", "onnxruntime"), ("-t", "tensorrt-rtx", "--no-build")]
+    ways += [("-t", "tensorrt-rtx", "--set", "verify.enabled=false")]
+    if not gpus():
+        ways += [("-t", "tensorrt-rtx"), ("-t", "tensorrt-rtx", "-p", "auto")]
+    for way in ways:
+        result = gpuopt("compile", project / "model.pt", *way, *demand, "--json")
+        assert result.code == 12, (way, result.stderr)
+        assert "nothing can be proved here" in result.stderr
+        assert result.report()["error"]["kind"] == "precision"
+    assert leftovers(project) == set(), "it is told before any work"
+    assert gpuopt("compile", project / "model.pt", "-t", "tensorrt-rtx", "--no-build").code == 0
+    if not gpus():
+        built = gpuopt("build", project / "model.gpuopt", "--set", "verify.min_precision_coverage=80%")
+        assert built.code == 12, built.stderr
+        assert "does not run: no NVIDIA GPU" in built.stderr
+
+
+def test_verify_warns_of_a_demanded_share_that_it_cannot_check(gpuopt: Gpuopt, project: Path) -> None:
+    from gpuopt import bundle
+    from gpuopt.recipe import load, resolve, set_value
+
+    folder = project / "model.gpuopt"
+    assert gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime").code == 0
+    recipe = load(folder / "recipe.yaml")
+    set_value(recipe, "verify.min_precision_coverage", "80%")
+    files = {path.name: path for path in folder.iterdir() if path.name not in ("recipe.yaml", bundle.MANIFEST_FILE)}
+    bundle.write(folder, files, {"recipe.yaml": resolve(recipe).to_yaml()}, {})
+    result = gpuopt("verify", folder, "--json")
+    assert result.code == 0, result.stderr
+    assert any("min_precision_coverage was not checked here" in warning for warning in result.report()["warnings"])
+
+
 def test_an_accuracy_limit_that_is_missed_keeps_the_old_bundle(gpuopt: Gpuopt, project: Path) -> None:
     model, bundle = project / "model.pt", project / "model.gpuopt"
     assert gpuopt("compile", model, "-t", "onnxruntime").code == 0
@@ -311,3 +347,30 @@ def test_no_error_shows_a_traceback_unless_asked(gpuopt: Gpuopt, tmp_path: Path)
     assert plain.code == 3
     assert "Traceback" not in plain.stderr
     assert "Traceback" in gpuopt("--debug", "compile", tmp_path / "model.pt", "-p", "fp16").stderr
+
+
+def test_a_trace_that_cannot_be_taken_is_told_before_the_profile(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    engine = tmp_path / "model.tensorrt.engine"
+    engine.write_bytes(b"a plan")
+    result = gpuopt("profile", engine, "--trace", tmp_path / "trace.json")
+    assert result.code == 2
+    assert "model.tensorrt.engine is no bundle" in result.stderr
+    result = gpuopt("profile", engine, "--trace", tmp_path / "trace.txt")
+    assert result.code == 2
+    assert "a trace is a .json or .json.gz file" in result.stderr
+    small.save("onnx", tmp_path / "model.onnx")
+    assert gpuopt("compile", tmp_path / "model.onnx", "-p", "fp32", "-t", "onnxruntime").code == 0
+    result = gpuopt("profile", tmp_path / "model.gpuopt", "--trace", tmp_path / "trace.json", "--json")
+    assert result.code == 2
+    assert "compiled from ONNX" in result.stderr
+    assert "profile" not in result.stderr.partition("gpuopt:")[0], "nothing was profiled"
+
+
+def test_a_trace_stands_beside_the_profile(gpuopt: Gpuopt, project: Path) -> None:
+    assert gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime").code == 0
+    result = gpuopt(
+        "profile", project / "model.gpuopt", "--trace", project / "trace.json.gz", "--json", "--iterations", 2
+    )
+    assert result.code == 0, result.stderr
+    assert result.report()["layers"]
+    assert (project / "trace.json.gz").stat().st_size > 0

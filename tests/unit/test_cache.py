@@ -122,6 +122,25 @@ def test_who_comes_second_gets_the_entry_that_lies_there(cache: Cache) -> None:
     assert second.artifacts["onnx"].sha256 == folder_sha256(second.artifacts["onnx"].path)
 
 
+def test_who_comes_second_to_a_damaged_entry_that_another_run_replaces_meanwhile(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cache)
+    flip_byte(only_entry(cache))
+    lookup, other = Cache.lookup, Cache(cache.folder)
+
+    def and_then_another_run_stores(self: Cache, parts: Any) -> Any:
+        found = lookup(self, parts)
+        if found is None and self is cache:
+            fill(other, content="of the other run")
+        return found
+
+    monkeypatch.setattr(Cache, "lookup", and_then_another_run_stores)
+    stored = fill(cache)
+    assert (stored.artifacts["onnx"].path / "model.onnx").read_text() == "of the other run"
+    assert stored == lookup(cache, PARTS)
+
+
 def _store_many(folder: Path, barrier: Any, results: Any, content: str) -> None:
     cache = Cache(folder)
     barrier.wait()

@@ -16,8 +16,8 @@ from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache
 from gpuopt.compile import with_defaults
 from gpuopt.environment import Gpu
-from gpuopt.errors import DataError, UsageError
-from gpuopt.pipeline import Runner, check_engine_graph, check_request, plan
+from gpuopt.errors import DataError, PrecisionError, UsageError
+from gpuopt.pipeline import Runner, check_engine_graph, check_provable, check_request, plan
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
 
@@ -200,6 +200,16 @@ def test_an_engine_and_its_proof_depend_on_gpu_and_driver(
         found.append(keys(chosen, here))
     for before, after in pairwise(found):
         assert {label for label in before if before[label] != after[label]} == {f"build {target}", f"prove {target}"}
+
+
+def test_a_demanded_share_can_be_shown_where_every_engine_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demand = {"verify.min_precision_coverage": "80%"}
+    monkeypatch.setattr(environment, "has_module", lambda name: True)
+    monkeypatch.setattr(environment, "gpus", lambda: [Gpu("NVIDIA H100", "9.0", "12.4")])
+    check_provable(recipe({**demand, "build.target": ["tensorrt", "onnxruntime"]}))
+    with pytest.raises(PrecisionError, match=r"demands 80\.0%, and .*: the engine for tensorrt-rtx does not run: Ten"):
+        check_provable(recipe({**demand, "build.target": ["tensorrt", "tensorrt-rtx"]}))
+    check_provable(recipe({}))
 
 
 def test_analysis_is_for_int8() -> None:

@@ -65,6 +65,18 @@ def test_a_graph_for_tensorrt_8_is_not_built_as_another_precision(
         chosen(folder, target, "build.legacy=false")
 
 
+def test_tensorrt_with_a_gpu_comes_first_whatever_the_bundle_was_made_for(machine: Any, tmp_path: Path) -> None:
+    folder = bundle(tmp_path, build__target=["tensorrt-rtx", "onnxruntime"])
+    machine("onnxruntime", "tensorrt", "tensorrt_rtx", version=(10, 3))
+    assert chosen(folder).build.target == ("tensorrt", "onnxruntime")
+    assert chosen(folder, "tensorrt-rtx").build.target == ("tensorrt-rtx", "onnxruntime")
+    machine("onnxruntime", "tensorrt", "tensorrt_rtx", version=(10, 3), gpu=False)
+    assert chosen(folder).build.target == ("tensorrt-rtx", "onnxruntime")
+    machine("onnxruntime")
+    with pytest.raises(UsageError, match="no engine can be built here"):
+        chosen(folder)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"precision": "fp32"}, {"quantize__quantizer": "tensorrt"}],

@@ -10,6 +10,7 @@ from typing import Any
 from gpuopt.backends.tensorrt import network as networks
 from gpuopt.backends.tensorrt import timing_cache
 from gpuopt.backends.tensorrt.limits import has_precision_flags
+from gpuopt.backends.tensorrt.log import library_log
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.errors import RequirementError, UsageError
 from gpuopt.shapes import Profile
@@ -37,7 +38,7 @@ class Configured:
 def configure(
     target: str, trt: ModuleType, parsed: networks.Parsed, profiles: tuple[Profile, ...], options: BuildOptions
 ) -> Configured:
-    """Make the configuration of a build.
+    """Make the configuration of a build; the library's log is the process's own.
 
     Raises:
         UsageError: an option that this release or this GPU does not have.
@@ -87,7 +88,7 @@ def configure(
     networks.fix_static_inputs(network, profiles)
     for profile in profiles:
         config.add_optimization_profile(networks.optimization_profile(builder, network, profile))
-    attached = timing_cache.attach(config, trt, options)
+    attached = timing_cache.attach(config, trt, options, library_log(trt).messages["ERROR"])
     return Configured(config, attached, applied, attached.warnings if attached else ())
 
 

@@ -90,14 +90,14 @@ def _check_gpu(record: EngineRecord, here: Here) -> None:
                 f"TensorRT-RTX does not run on {here.gpu} (compute capability {here.compute_capability})",
                 "Build for target tensorrt there.",
             )
-        if not built or here.compute_capability in built:
-            return
+    if record.hardware_compatibility == "ampere+":
+        fits, told = capability >= (8, 0), "8.0 and newer"
     else:
-        compatible = record.hardware_compatibility == "ampere+" and capability >= (8, 0)
-        if compatible or not built or here.compute_capability in built:
-            return
+        fits, told = not built or here.compute_capability in built, ", ".join(built)
+    if fits:
+        return
     raise EngineError(
-        f"{record.file} was built for compute capability {', '.join(built)}, {here.gpu} has {here.compute_capability}",
+        f"{record.file} was built for compute capability {told}, {here.gpu} has {here.compute_capability}",
         _AGAIN,
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +17,9 @@ from gpuopt.environment import Gpu
 from gpuopt.errors import BuildError, StorageError, UsageError
 from gpuopt.storage import storage_errors, write_bytes
 
+_LOCK_SECONDS = 10.0
+"""How long a save waits for others, which hold the lock while they read, combine and write."""
+_NOT_USED = "timing cache will not be used"
 _HITS = re.compile(r"(\d+) entries, served (\d+) hits")
 
 
@@ -49,8 +55,11 @@ def file_name(target: str, library_version: str, gpu: Gpu) -> str:
     return re.sub(r"[^\w.-]+", "_", words) + ".timing"
 
 
-def attach(config: Any, trt: ModuleType, options: BuildOptions) -> Attached | None:
+def attach(config: Any, trt: ModuleType, options: BuildOptions, errors: Sequence[str] = ()) -> Attached | None:
     """Give the builder the timing cache of `options`, or an empty one that is filled.
+
+    Args:
+        errors: the library's log, which grows: TensorRT 8 takes a cache that it cannot read, and says so there alone.
 
     Raises:
         BuildError: `require_timing_cache`, and it is not there or does not fit.
@@ -71,7 +80,10 @@ def attach(config: Any, trt: ModuleType, options: BuildOptions) -> Attached | No
             f"there is no timing cache {path}, and it is required",
             "Build once without --require-timing-cache on the same kind of GPU, and keep the file.",
         )
+    before = len(errors)
     cache = _fitting(config, content)
+    if any(_NOT_USED in line for line in errors[before:]):
+        cache = None
     if cache is not None and (content or not options.require_timing_cache):
         return Attached(cache, len(content), ())
     reason = f"the timing cache {path} does not fit TensorRT {trt.__version__} and this GPU, or is damaged"
@@ -97,19 +109,48 @@ def save(
 ) -> tuple[TimingCacheUse, tuple[str, ...]]:
     """Write the cache after a build, with what another build may have added to the file meanwhile.
 
+    Savers take turns by a lock on a file beside it.
+
     Returns:
         What was done, and warnings: an engine is not lost because its cache cannot be written.
     """
     hits = max((int(match[2]) for line in messages.get("NOTED", ()) if (match := _HITS.search(line))), default=None)
     try:
-        if path.is_file():
-            _add(config, attached.cache, path.read_bytes())
-        content = bytes(attached.cache.serialize())
-        write_bytes(path, content)
+        with storage_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(path) as warnings:
+            if path.is_file():
+                _add(config, attached.cache, path.read_bytes())
+            content = bytes(attached.cache.serialize())
+            write_bytes(path, content)
     except (StorageError, OSError, TypeError, ValueError, RuntimeError) as error:
         warning = f"the timing cache {path} is not written: {error}"
         return TimingCacheUse(path, attached.read_bytes, 0, hits), (warning,)
-    return TimingCacheUse(path, attached.read_bytes, len(content), hits), ()
+    return TimingCacheUse(path, attached.read_bytes, len(content), hits), warnings
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[tuple[str, ...]]:
+    """The only saver of a file inside it; without the lock after some seconds, and then with a warning."""
+    lock = path.with_name(path.name + ".lock")
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with contextlib.ExitStack() as stack:
+        reason = f"another process has held {lock} for {_LOCK_SECONDS:g} s"
+        try:
+            stream = stack.enter_context(lock.open("ab"))
+            while True:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    reason = ""
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        break
+                    time.sleep(0.02)
+        except OSError as error:  # no lock on this file system, or no right to the file
+            reason = f"{lock} cannot be locked: {error.strerror or error}"
+        lost = f"what another build adds to the timing cache {path} at this moment may be lost: {reason}"
+        yield (lost,) if reason else ()
 
 
 def _add(config: Any, cache: Any, content: bytes) -> None:

@@ -58,6 +58,14 @@ def test_library_gpu_and_driver(changes: dict[str, Any], message: str) -> None:
     assert bool(refusal(changes)) == bool(message)
 
 
+@pytest.mark.parametrize(("capability", "fits"), [("7.5", False), ("8.0", True), ("8.6", True), ("10.0", True)])
+def test_ampere_plus_is_for_8_0_and_newer(capability: str, fits: bool) -> None:
+    engine = {"compute_capabilities": (), "hardware_compatibility": "ampere+"}
+    told = refusal(engine, Here("8.5.3.1", capability, "a GPU", "12.4"))
+    expected = f"model.engine was built for compute capability 8.0 and newer, a GPU has {capability}"
+    assert told == ("" if fits else expected)
+
+
 def test_tensorrt_rtx_runs_on_some_gpus() -> None:
     rtx = {"target": "tensorrt-rtx", "compute_capabilities": (), "driver_version": ""}
     assert "does not run on NVIDIA H100" in refusal(rtx)

@@ -12,6 +12,7 @@ import pytest
 from gpuopt import engine_record, environment, onnx_model, reference
 from gpuopt.artifact import Artifact
 from gpuopt.environment import Gpu
+from gpuopt.errors import DataError
 from gpuopt.progress import Silent
 from gpuopt.recipe import resolve, set_value
 from gpuopt.reference import Interface
@@ -130,6 +131,23 @@ def test_the_gpus_that_an_engine_runs_on(
     target: str, settings: dict[str, Any], gpu: Gpu | None, expected: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert build._capabilities(context(tmp_path, target, **settings), gpu) == expected
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(1, 0), (2, 1), (5, 2)])
+def test_samples_that_fill_no_batch_of_the_calibrator_are_counted(samples: int, batches: int, tmp_path: Path) -> None:
+    native = {"precision": "int8", "quantize__quantizer": "tensorrt", "build__target": ["tensorrt"]}
+    made = context(tmp_path, "tensorrt", **native)
+    np.savez(tmp_path / "data.npz", x=np.ones((samples, 16, 8, 8), np.float32))
+    made = replace(made, data=str(tmp_path / "data.npz"))
+    feeds = build._native_calibration(made, reference.load(tmp_path / "reference")).feeds()
+    if batches:
+        assert [feed["x"].shape for feed in feeds] == [(2, 16, 8, 8)] * batches
+        return
+    with pytest.raises(DataError) as caught:
+        list(feeds)
+    assert caught.value.message.startswith("1 calibration sample does not fill a batch")
+    assert "needs 2, the size that the first profile is tuned for" in caught.value.message
+    assert "--opt-shapes" in caught.value.hint
 
 
 def test_the_facts_of_gpus_have_types() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,6 +47,25 @@ class Config:
         return not ignore_mismatch and b"foreign" not in cache.entries
 
 
+def test_a_cache_that_the_log_alone_refuses_is_not_said_to_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(HEAD + b"a")
+    log: list[str] = ["an error of before"]
+
+    class Forgetful(Config):
+        def create_timing_cache(self, content: bytes) -> Cache | None:
+            if content:
+                log.append("4: The timing cache will not be used!")
+            return Cache(b"")
+
+    found = timing_cache.attach(Forgetful(), TRT, BuildOptions(timing_cache=path), log)
+    assert found is not None
+    assert found.read_bytes == 0
+    assert "does not fit TensorRT 8.5.3.1" in found.warnings[0]
+    with pytest.raises(BuildError, match="does not fit"):
+        timing_cache.attach(Forgetful(), TRT, BuildOptions(timing_cache=path, require_timing_cache=True), log)
+
+
 def test_there_is_one_file_for_each_release_and_gpu() -> None:
     gpu = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0", 1)
     assert timing_cache.file_name("tensorrt", "8.5.3.1", gpu) == "tensorrt-8.5.3.1-NVIDIA_H100_80GB_HBM3-9.0.timing"
@@ -74,6 +96,44 @@ def test_a_cache_grows_with_what_other_builds_added_meanwhile(tmp_path: Path) ->
     use, _ = timing_cache.save(config, second, path, {"NOTED": [line]})
     assert use.hits == 118
     assert path.read_bytes() == HEAD + b"a,b,c"
+
+
+def _save_many(path: Path, barrier: Any, mark: bytes) -> None:
+    barrier.wait()
+    for turn in range(40):
+        attached = timing_cache.Attached(Cache(b""), 0, ())
+        attached.cache.entries.add(mark + str(turn).encode())
+        timing_cache.save(Config(), attached, path, {})
+
+
+def test_simultaneous_savers_keep_each_other_s_entries(tmp_path: Path) -> None:
+    path = tmp_path / "folder/cache"
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    workers = [context.Process(target=_save_many, args=(path, barrier, mark)) for mark in (b"a", b"b", b"c")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert Cache(path.read_bytes()).entries == {
+        mark + str(n).encode() for mark in (b"a", b"b", b"c") for n in range(40)
+    }
+
+
+def test_a_lock_that_is_not_let_go_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_cache, "_LOCK_SECONDS", 0.1)
+    path = tmp_path / "cache"
+    attached = timing_cache.Attached(Cache(HEAD + b"a"), 0, ())
+    with (tmp_path / "cache.lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        use, (warning,) = timing_cache.save(Config(), attached, path, {})
+        assert "may be lost: another process has held" in warning
+        assert (use.written_bytes, path.read_bytes()) == (len(HEAD) + 1, HEAD + b"a")
+    assert timing_cache.save(Config(), attached, path, {})[1] == ()
+    (tmp_path / "cache.lock").unlink()
+    (tmp_path / "cache.lock").mkdir()
+    assert "cannot be locked" in timing_cache.save(Config(), attached, path, {})[1][0]
 
 
 @pytest.mark.parametrize("content", [b"damaged", HEAD + b"foreign"])
