@@ -1,12 +1,15 @@
 """Engines on an NVIDIA GPU: gpuopt's precisions beside TensorRT's own calibrator and PyTorch, same models, same data.
 
-    python benchmarks/gpu.py prepare     # with torch: models, data, bundles without engines; PyTorch's times on a GPU
+    python benchmarks/gpu.py prepare     # with torch: models, data, bundles without engines
+    python benchmarks/gpu.py baselines   # with torch, alone on the GPU: PyTorch's times
     python benchmarks/gpu.py build       # with TensorRT: every engine, built and proved; torch is not needed
     python benchmarks/gpu.py measure     # alone on the GPU: races, accuracy, gpuopt bench, --precision auto
-    python benchmarks/gpu.py tables      # benchmarks/results/gpu.md from benchmarks/results/gpu.json
+    python benchmarks/gpu.py tables      # benchmarks/results/gpu.json and gpu.md
 
-Without a word it does all four. Everything lies in benchmarks/.work/gpu or in --folder, which may be carried from one
-machine to another between the steps; what is there already is not made again.
+Without a word it does all of them, without what needs torch where torch is missing. Everything lies in
+benchmarks/.work/gpu or in --folder, which may be carried from one machine to another between the steps; what is there
+already is not made again. Builders time kernels on the GPU, in turns: nine at a time on one H100 took six times as
+long each as one alone. Two (--jobs 2) keep it busy.
 
 The ImageNet networks have random weights: their times are those of trained ones, their accuracy says nothing beyond
 the distance to PyTorch. The accuracy of INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's
@@ -26,7 +29,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,17 +162,11 @@ def prepare(bench: Bench) -> None:
     together(bench.jobs, [lambda network=network: _prepare(bench, network) for network in bench.networks])
 
 
-_ONE_AT_A_TIME = threading.Lock()
-
-
-def _baselines(bench: Bench, network: Network) -> None:
-    told = bench.home(network) / "baselines.json"
-    if not network.baselines or told.is_file():
-        return
-    from gpuopt import environment
-
-    if environment.gpus():
-        with _ONE_AT_A_TIME:
+def baselines(bench: Bench) -> None:
+    """PyTorch and ONNX Runtime on the same models, as far as they are here."""
+    for network in bench.networks:
+        told = bench.home(network) / "baselines.json"
+        if network.baselines and not told.is_file():
             kinds = [word for kind in bench.baselines for word in ("--baseline", kind)]
             asked = ("bench", bench.home(network) / "fp16.gpuopt", "--only", "baselines", *kinds, "--seconds", "1")
             run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
@@ -198,8 +194,6 @@ def _prepare(bench: Bench, network: Network) -> None:
             ),
             home / f"prepare-{precision}.log",
         )  # fmt: skip
-        if precision == "fp16":
-            _baselines(bench, network)
 
 
 def save_samples(home: Path, network: Network) -> None:
@@ -427,9 +421,13 @@ def _digest(kind: str, document: Mapping[str, Any]) -> Any:
         race = document.get("race")
         stages = {s["name"]: s["seconds"] for s in document.get("stages", [])}
         facts: Mapping[str, Any] = next((s["facts"] for s in document.get("stages", []) if s["name"] == "build"), {})
-        kept = {k: facts.get(k) for k in ("library_version", "gpu", "options", "timing_cache", "repairs", "size_bytes")}
+        if document.get("status") != "passed":
+            error = document.get("error") or {}
+            return {"status": "failed", "kind": error.get("kind"), "exit_code": error.get("exit_code")}
+        about = ("library_version", "gpu", "driver_version", "options", "repairs", "size_bytes")
+        kept = {key: facts.get(key) for key in about}
         return {
-            "status": document.get("status"), "error": document.get("error"), "precision": document.get("precision"),
+            "status": document.get("status"), "precision": document.get("precision"),
             "proof": proof, "race": race, "stage_seconds": stages, "build": kept, "warnings": document.get("warnings"),
         }  # fmt: skip
     if kind.startswith("profile-"):
@@ -439,9 +437,106 @@ def _digest(kind: str, document: Mapping[str, Any]) -> Any:
     return document
 
 
+def tables(bench: Bench) -> None:
+    """Write the results and their tables."""
+    found = collect(bench)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "gpu.md").write_text(render(found))
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The tables, of what was measured; a pure function of the results."""
+    engines = [row for name, entries in found.items() for row in _engine_rows(name, entries)]
+    parts = [_head(found)]
+    head = (
+        "network",
+        "batch",
+        "engine",
+        "ms",
+        "lowest to highest",
+        "times FP16's",
+        "of the time in",
+        "lowest SQNR, dB",
+    )
+    parts += ["## Engines in turn, as CUDA graphs", _table(head, engines)]
+    rows = [row for name, entries in found.items() for row in _accuracy_rows(name, entries)]
+    if rows:
+        head = ("network", "engine", "accuracy", "same answer as FP32", "SQNR of the logits, dB")
+        parts += ["## Held-out answers", _table(head, rows)]
+    for name, entries in found.items():
+        for kind in ("baselines", "bench-fp16", "bench-int8"):
+            if rows := [row for row in entries.get(kind, {}).get("rows", []) if not row["failed"]]:
+                parts += [f"## {name}, {kind}", _table(_BENCH_HEAD, [_bench_row(row) for row in rows])]
+                parts += [_conditions(entries[kind])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_BENCH_HEAD = ("group", "what", "p50, ms", "p99", "ms an inference, back to back", "lowest to highest", "includes")
+
+
+def _head(found: Mapping[str, Any]) -> str:
+    builds = [e[k].get("build") or {} for e in found.values() for k in e if k.startswith(("build-", "compile-"))]
+    where = sorted({f"{b['gpu']}, TensorRT {b['library_version']}" for b in builds if b.get("gpu")})
+    return (
+        "# Engines on a GPU\n\nWritten by `python benchmarks/gpu.py`, whose first lines say what is measured and how. "
+        f"Measured on: {'; '.join(where) or 'nothing yet'}."
+    )
+
+
+def _engine_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    race, rows = entries.get("race") or {}, []
+    reports = {"fp16": "build-fp16", "int8": "build-int8", "tensorrt int8": "compile-native", "fp32": "compile-fp32"}
+    for engine, milliseconds in race.get("milliseconds", {}).items():
+        proof = entries.get(reports[engine], {}).get("proof") or {}
+        low, high = race["spread"][engine]
+        ratio = race["ratios"].get(f"{engine} / fp16")
+        shares = (proof.get("coverage") or {}).get("time_share") or {}
+        told = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
+        sqnr = [row["sqnr_db"] for row in proof.get("outputs", []) if row["sqnr_db"] is not None]
+        rows.append(
+            (
+                name, str(entries["batch"]), engine, f"{milliseconds:.3f}", f"{low:.3f} to {high:.3f}",
+                f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+                told, f"{min(sqnr):.1f}, {proof['reference']}" if sqnr else "",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _accuracy_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name, engine, f"{one['accuracy']:.2%}", f"{one['same']:.2%}" if "same" in one else "",
+            f"{one['sqnr_db']:.1f}" if "sqnr_db" in one else f"PyTorch, {one['images']} images",
+        )
+        for engine, one in (entries.get("accuracy") or {}).items()
+    ]  # fmt: skip
+
+
+def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    def percentile(name: str) -> str:
+        return f"{row['latency_ms'][name]['value']:.3f}" if name in row["latency_ms"] else ""
+
+    spread = f"{row['lowest_ms']:.3f} to {row['highest_ms']:.3f}"
+    back = f"{row['back_to_back_ms']:.3f}"
+    return row["group"], row["name"], percentile("p50"), percentile("p99"), back, spread, row["includes"]
+
+
+def _conditions(report: Mapping[str, Any]) -> str:
+    told = {**report["conditions"], **report["memory"]}
+    shown = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", [], {}))
+    return f"{report['gpu']}, {report['target']} {report['library_version']}; {shown}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", help="prepare, build, measure, tables; default: all")
+    parser.add_argument("steps", nargs="*", help="prepare, baselines, build, measure, tables; default: all")
     parser.add_argument("--folder", type=Path, default=WORK)
     names = [network.name for network in NETWORKS]
     parser.add_argument("--network", action="append", choices=names, help="repeatable; default: all")
@@ -460,15 +555,15 @@ def main() -> None:
     groups = tuple(options.group or ("race", "accuracy", "bench", "auto", "profile"))
     baselines = tuple(options.baseline or ())
     bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, baselines)
-    steps = {"prepare": prepare, "build": build, "measure": measure, "collect": collect, "tables": tables}
-    for name in options.steps or ("prepare", "build", "measure", "tables"):
+    steps: dict[str, Callable[[Bench], object]] = {
+        "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
+        "tables": tables,
+    }  # fmt: skip
+    everything = ["prepare", "baselines", "build", "measure", "tables"]
+    for name in options.steps or everything[0 if environment.has_module("torch") else 2 :]:
         if name not in steps:
             parser.error(f"there is no step '{name}'")
         steps[name](bench)
-
-
-def tables(bench: Bench) -> None:
-    raise SystemExit("to come")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ _debug = False
 _answered = False
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+HostCodeFlag = Annotated[
+    bool, typer.Option("--allow-host-code", help="Run the CPU code that a version-compatible engine carries.")
+]
 PluginFlag = Annotated[
     list[Path] | None,
     typer.Option("--plugin", metavar="FILE", help="Plugin library that the engine was built with; it runs code."),
@@ -535,14 +538,18 @@ def build(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
+    plugins: PluginFlag = None,
+    allow_host_code: HostCodeFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
     """Check a bundle's hashes and its outputs against the stored reference, here."""
     from gpuopt.compile import verify_bundle
+    from gpuopt.engine_record import Trust
 
-    _finish(verify_bundle(bundle, _progress(quiet), sys.argv), as_json, quiet, verbose)
+    trust = Trust(plugins or (), allow_host_code)
+    _finish(verify_bundle(bundle, _progress(quiet), sys.argv, trust), as_json, quiet, verbose)
 
 
 @app.command()
@@ -565,6 +572,7 @@ def bench(
         Path | None, typer.Option("--beside", metavar="ENGINE", help="Another engine to run at the same time.")
     ] = None,
     plugins: PluginFlag = None,
+    allow_host_code: HostCodeFlag = False,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -582,6 +590,7 @@ def bench(
     """Measure latency, throughput and memory, beside PyTorch and ONNX Runtime."""
     from gpuopt import request
     from gpuopt.bench import command, report
+    from gpuopt.engine_record import Trust
 
     asked = command.Request(
         subject=subject,
@@ -590,7 +599,7 @@ def bench(
         batches=request.sizes(batches),
         streams=streams,
         beside=beside,
-        plugins=tuple(plugins or ()),
+        trust=Trust(tuple(plugins or ()), allow_host_code),
         baselines=tuple(baseline or ()),
         baseline_python=baseline_python,
     )
@@ -615,18 +624,20 @@ def profile(
         typer.Option("--trace", metavar="FILE", help="Chrome trace of the PyTorch model: .json or .json.gz."),
     ] = None,
     plugins: PluginFlag = None,
+    allow_host_code: HostCodeFlag = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Show where the time goes, layer by layer, and what bounds each layer."""
     from gpuopt import request
+    from gpuopt.engine_record import Trust
     from gpuopt.profiling import command
     from gpuopt.storage import write_text
 
     if trace is not None:
         request.check_trace(subject, trace)
-    found = command.profile(subject, iterations, sys.argv, _progress(quiet), plugins or ())
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet), Trust(plugins or (), allow_host_code))
     document = found.model_dump_json(indent=2)
     if output is not None:
         write_text(output, document + "\n")

@@ -13,6 +13,7 @@ import gpuopt
 from gpuopt import bundle, environment
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
+from gpuopt.engine_record import Trust
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
 from gpuopt.pipeline import (
     FIRST_STRONGLY_TYPED,
@@ -168,8 +169,11 @@ def compile_model(
     return Outcome(report, error)
 
 
-def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> Outcome:
-    """Check a bundle's hashes and run its ONNX against its reference again; the bundle is not changed.
+def verify_bundle(folder: Path, progress: Progress, command: Sequence[str], trust: Trust | None = None) -> Outcome:
+    """Check a bundle's hashes and run its ONNX and its engines against its reference; the bundle is not changed.
+
+    Args:
+        trust: what its engines may run on the CPU.
 
     Raises:
         StorageError: the bundle is damaged.
@@ -187,7 +191,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
     with progress.stage("verify"):
         graphs = {name: folder / name for name in (ONNX_FILE, ENGINE_ONNX_FILE) if (folder / name).is_file()}
         result = check(graphs, stored, recipe.verify, recipe.graph_precision)
-    proofs = _proofs_of_bundle(folder, manifest, recipe, progress)
+    proofs = _proofs_of_bundle(folder, manifest, recipe, progress, trust)
     failures = [failure for found in (*proofs.values(), result) for failure in found["failures"]]
     error: GpuoptError | None = AccuracyError(failures[0], _ACCURACY_HINT) if failures else None
     for target, proof in proofs.items():
@@ -226,7 +230,7 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str]) -> O
 
 
 def _proofs_of_bundle(
-    folder: Path, manifest: Mapping[str, Any], recipe: Recipe, progress: Progress
+    folder: Path, manifest: Mapping[str, Any], recipe: Recipe, progress: Progress, trust: Trust | None
 ) -> dict[str, Mapping[str, Any]]:
     """Every engine of a bundle that can run here, run: by target."""
     from gpuopt import reference
@@ -239,7 +243,7 @@ def _proofs_of_bundle(
 
             with progress.stage(f"prove {target}"):
                 stored = reference.load(folder / "reference")
-                proofs[target] = prove(folder / name, stored, recipe.verify, recipe.built_precision)
+                proofs[target] = prove(folder / name, stored, recipe.verify, recipe.built_precision, trust)
     return proofs
 
 

@@ -16,13 +16,14 @@ import numpy.typing as npt
 
 from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE
+from gpuopt.engine_record import Trust
 from gpuopt.errors import DataError, UsageError
 from gpuopt.shapes import Profile, Shape, TensorSpec, format_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from gpuopt.backends.tensorrt.runtime import Execution, Trust
+    from gpuopt.backends.tensorrt.runtime import Execution
     from gpuopt.cuda.graph import Graph
 
 Array = npt.NDArray[Any]
@@ -111,8 +112,6 @@ def load(
                 f"It holds {', '.join(present) or 'no engine'}; see gpuopt build.",
             )
         path = present[chosen]
-    from gpuopt.backends.tensorrt.runtime import Trust
-
     return _TensorRTEngine(path, device, cuda_graph, Trust([Path(name) for name in plugins], allow_host_code))
 
 

@@ -6,6 +6,8 @@ lies beside it and holds its hash.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +93,19 @@ def profile_records(profiles: tuple[Profile, ...]) -> tuple[dict[str, RangeRecor
         }
         for profile in profiles
     )
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user lets an engine run on the CPU, beside its kernels on the GPU; no record is taken at its word.
+
+    Attributes:
+        plugins: libraries that are loaded before it.
+        host_code: whether a version-compatible engine may run the runtime that it carries.
+    """
+
+    plugins: Sequence[Path] = ()
+    host_code: bool = False
 
 
 def record_path(engine: Path) -> Path:

@@ -114,6 +114,12 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
                 "Compile again for the other graph.",
             )
         set_value(tree, key, value)
+    if tree.get("build", {}).get("plugins") and not any(text.startswith("build.plugins") for text in settings):
+        named = ", ".join(map(str, tree["build"]["plugins"]))
+        raise UsageError(
+            f"the bundle's recipe names plugin libraries, whose code would run: {named}",
+            "If you trust them, name them again: --set 'build.plugins=[FILE, ...]'.",
+        )
     engine = target or environment.default_targets()[0]
     if engine == "onnxruntime":
         raise UsageError(

@@ -13,6 +13,7 @@ from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.bench import baselines, conditions
 from gpuopt.bench.report import BenchReport, Row
+from gpuopt.engine_record import Trust
 from gpuopt.errors import EngineError, GpuoptError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
@@ -34,7 +35,7 @@ class Request:
         batches: batch sizes to sweep; empty: the profile's smallest, tuned and largest.
         streams: largest number of executions at once.
         beside: another engine to run at the same time; None: none.
-        plugins: libraries that the engines were built with; they run code.
+        trust: what the engines may run on the CPU; None: nothing.
         baselines: beginnings of the names of those wanted; empty: all.
         baseline_python: the interpreter for the baselines; None: this one.
     """
@@ -45,7 +46,7 @@ class Request:
     batches: tuple[int, ...] = ()
     streams: int = 4
     beside: Path | None = None
-    plugins: tuple[Path, ...] = ()
+    trust: Trust | None = None
     baselines: tuple[str, ...] = ()
     baseline_python: Path | None = None
 
@@ -81,7 +82,8 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
         if found.folder is None:
             raise EngineError(f"{found.engine.name} cannot be run here: {missing}", "Run it where it was built.")
         warnings.append(f"{found.engine.name} was not measured: {missing}")
-    with conditions.watched(_pci_bus_id() if not missing else None) as state:
+    unwatched = "only an engine's run is watched, and there was none" if missing else ""
+    with conditions.watched(None if missing else _pci_bus_id(), unwatched) as state:
         if found.engine is not None and not missing:
             from gpuopt.bench import engines
 

@@ -71,15 +71,16 @@ class Conditions:
 
 
 @contextlib.contextmanager
-def watched(pci_bus_id: str | None) -> Iterator[Conditions]:
+def watched(pci_bus_id: str | None, why_not: str = "") -> Iterator[Conditions]:
     """Sample the GPU's state about seven times a second beside the block.
 
     Args:
-        pci_bus_id: of the GPU, as the CUDA driver names it; None: there is none.
+        pci_bus_id: of the GPU, as the CUDA driver names it; None: none is watched.
+        why_not: the reason for that.
     """
     found = Conditions()
     if pci_bus_id is None:
-        found.note = "no NVIDIA GPU"
+        found.note = why_not or "no NVIDIA GPU"
         yield found
         return
     if not has_module("pynvml"):

@@ -16,7 +16,6 @@ from gpuopt.backends.tensorrt.runtime import (
     LoadedEngine,
     Part,
     Pools,
-    Trust,
     feeds_of_shape,
 )
 from gpuopt.bench.measuring import Settings, measure, warm_up
@@ -61,8 +60,7 @@ class EngineBench:
         with ExitStack() as stack:
             self.device = stack.enter_context(Device())
             self._free_before = self.device.free_bytes()
-            self._trust = Trust(request.plugins)
-            loaded = LoadedEngine.open(path, self.device, record, trust=self._trust)
+            loaded = LoadedEngine.open(path, self.device, record, trust=request.trust)
             self._engine = stack.enter_context(loaded)
             self._stack = stack.pop_all()
 
@@ -197,7 +195,7 @@ class EngineBench:
         batch = _batch(shapes)
         with ExitStack() as stack:
             record = engine_record.read(path)
-            loaded = LoadedEngine.open(path, self.device, record, trust=self._trust)
+            loaded = LoadedEngine.open(path, self.device, record, trust=self._request.trust)
             other = stack.enter_context(loaded)
             other_shapes = {name: bounds.opt for name, bounds in other.profiles[0].items()}
             theirs = stack.enter_context(other.execution(other_shapes))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 import gpuopt
 from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
+from gpuopt.engine_record import Trust
 from gpuopt.errors import EngineError, RequirementError, UsageError
 from gpuopt.profiling import layers
 from gpuopt.profiling.peaks import peak_of
@@ -57,7 +58,7 @@ class ProfileReport(BaseModel):
 
 
 def profile(
-    subject: Path, iterations: int, command: Sequence[str], progress: Progress, plugins: Sequence[Path] = ()
+    subject: Path, iterations: int, command: Sequence[str], progress: Progress, trust: Trust | None = None
 ) -> ProfileReport:
     """Time every layer of an engine; of a bundle whose engine cannot run here, every node in ONNX Runtime.
 
@@ -77,7 +78,7 @@ def profile(
             peak = peak_of(devices[0].name) if devices else None
             if peak is None:
                 warnings.append("the peaks of this GPU are not in the table: no floors are told")
-            found = layers.of_engine(engine, _graph(folder, scratch), iterations, peak, plugins)
+            found = layers.of_engine(engine, _graph(folder, scratch), iterations, peak, trust)
         elif folder is None:
             raise EngineError(f"{subject.name} cannot be run here: {missing}", "Run it where it was built.")
         else:

@@ -14,6 +14,7 @@ import onnx
 
 from gpuopt import engine_record, reference
 from gpuopt.backends.tensorrt import inspector
+from gpuopt.engine_record import Trust
 from gpuopt.profiling.origins import modules
 from gpuopt.profiling.peaks import Peak
 from gpuopt.quantization import macs
@@ -89,7 +90,7 @@ class Graph:
 
 
 def of_engine(
-    path: Path, graph: Graph | None, iterations: int, peak: Peak | None, plugins: Sequence[Path] = ()
+    path: Path, graph: Graph | None, iterations: int, peak: Peak | None, trust: Trust | None = None
 ) -> Profile:
     """Time every layer of an engine at the first profile's optimum.
 
@@ -97,12 +98,12 @@ def of_engine(
         EngineError: the engine does not belong here.
         RequirementError: pycuda, the library or the GPU is missing.
     """
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, Trust, feeds_of_shape
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
     from gpuopt.bench.measuring import warm_up
     from gpuopt.bench.subjects import EngineSubject
     from gpuopt.cuda.device import Device
 
-    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), trust=Trust(plugins)) as engine:
+    with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), trust=trust) as engine:
         shapes = {name: bounds.opt for name, bounds in engine.profiles[0].items()}
         with engine.execution(shapes) as execution:
             execution.run(feeds_of_shape(engine, shapes))

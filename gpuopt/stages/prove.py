@@ -16,13 +16,13 @@ from gpuopt.backends.tensorrt.inspector import EngineLayer
 from gpuopt.backends.tensorrt.runtime import (
     ExecutionOptions,
     LoadedEngine,
-    Trust,
     as_engine_inputs,
     feeds_of_shape,
     iterate_profiles,
 )
 from gpuopt.comparison import Array, Limits, batch_invariance, compare, problem
 from gpuopt.cuda.device import Device
+from gpuopt.engine_record import Trust
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
@@ -79,7 +79,7 @@ def prove(
             feed, expected = stored.feed(corner), stored.expected(corner)
             for profile in iterate_profiles(engine, corner.shapes):
                 with engine.execution(corner.shapes, ExecutionOptions(profile)) as execution:
-                    actual = execution.run(as_engine_inputs(engine, feed))
+                    actual = execution.run(as_engine_inputs(engine.inputs, feed))
                 for name, wanted in expected.items():
                     figures = compare(actual[name], wanted)
                     rows.append({"corner": corner.name, "profile": profile, "output": name, **figures})
@@ -136,12 +136,12 @@ class _AnyShape:
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         with self._engine.execution({name: value.shape for name, value in feed.items()}) as execution:
-            return execution.run(as_engine_inputs(self._engine, feed))
+            return execution.run(as_engine_inputs(self._engine.inputs, feed))
 
 
 def _repeats_equal(engine: LoadedEngine, stored: Reference) -> bool:
     corner = stored.corners[-1]
-    feed = as_engine_inputs(engine, stored.feed(corner))
+    feed = as_engine_inputs(engine.inputs, stored.feed(corner))
     with engine.execution(corner.shapes) as execution:
         first = execution.run(feed)
         for _ in range(_REPEATS - 1):

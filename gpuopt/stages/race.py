@@ -10,6 +10,7 @@ from gpuopt import engine_record, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.bench.measuring import Race, Subject, race
 from gpuopt.bench.subjects import EngineSubject, SessionSubject
+from gpuopt.engine_record import Trust
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
 from gpuopt.shapes import format_shape
@@ -45,7 +46,7 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def _race_engines(folders: Mapping[str, Path], stored: Reference, context: StageContext) -> tuple[Race, str]:
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, Trust, feeds_of_shape
+    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
     from gpuopt.cuda.device import Device
     from gpuopt.environment import has_module
 

@@ -98,3 +98,12 @@ def test_tensorrt_8_is_told_what_it_does_not_read(machine: Any, tmp_path: Path) 
     assert chosen(bundle(tmp_path, build__legacy=True)).build.legacy
     machine("onnxruntime", "tensorrt", version=(10, 3))
     assert chosen(bundle(tmp_path, 20)).build.target[0] == "tensorrt"
+
+
+def test_plugins_that_a_bundle_names_are_not_loaded_on_its_word(tmp_path: Path, machine: Any) -> None:
+    machine("tensorrt", version=(10, 3))
+    folder = bundle(tmp_path, build__plugins=["libevil.so"])
+    with pytest.raises(UsageError, match=r"names plugin libraries, whose code would run: libevil.so"):
+        rebuild._recipe(folder, None, ())
+    found = rebuild._recipe(folder, None, ("build.plugins=[libmine.so]",))
+    assert found.build.plugins == ("libmine.so",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from gpuopt.cuda.device import Device
 from gpuopt.cuda.graph import Graph
 from gpuopt.cuda.memory import DeviceBuffer, DevicePool, PinnedPool
 from gpuopt.cuda.stream import Stream
-from gpuopt.engine_record import EngineRecord
+from gpuopt.engine_record import EngineRecord, Trust
 from gpuopt.errors import DataError, EngineError
 from gpuopt.shapes import Profile, Shape, TensorSpec, format_shape
 
@@ -40,19 +40,6 @@ class Pools:
 
     device: DevicePool
     pinned: PinnedPool
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What the user lets an engine run on the CPU, beside its kernels on the GPU; no record is taken at its word.
-
-    Attributes:
-        plugins: libraries that are loaded before it.
-        host_code: whether a version-compatible engine may run the runtime that it carries.
-    """
-
-    plugins: Sequence[Path] = ()
-    host_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ class LoadedEngine:
             if not trust.host_code:
                 raise EngineError(
                     f"{record.file} carries code for the CPU, as every version-compatible engine does",
-                    "If you trust it: gpuopt.load(..., allow_host_code=True).",
+                    "If you trust it: --allow-host-code, or gpuopt.load(..., allow_host_code=True).",
                 )
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
@@ -510,14 +497,14 @@ def feeds_of_shape(loaded: LoadedEngine, shapes: Mapping[str, Shape], seed: int 
     return feeds
 
 
-def as_engine_inputs(loaded: LoadedEngine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+def as_engine_inputs(inputs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Feeds of the model in the dtypes that the engine takes: I/O formats ask for FP16, TensorRT 8 has no INT64.
 
     Raises:
         DataError: a whole number does not fit.
     """
     given = {}
-    for spec in loaded.inputs:
+    for spec in inputs:
         value = feeds[spec.name]
         cast = value.astype(spec.dtype, copy=False)
         if value.dtype.kind in "iu" and not np.array_equal(cast, value):
