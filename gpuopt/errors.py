@@ -128,10 +128,38 @@ class PrecisionError(GpuoptError):
 
 
 class SpeedError(GpuoptError):
-    """INT8 was demanded, and is slower than FP16 on this GPU."""
+    """INT8 was demanded and is slower than FP16, or the engine misses a limit of latency or throughput."""
 
     exit_code = 13
     kind = "speed"
+
+
+class ResourceError(GpuoptError):
+    """The engine is larger, takes more device memory or took longer to build than the gates allow."""
+
+    exit_code = 14
+    kind = "resources"
+
+
+class RegressionError(GpuoptError):
+    """`gpuopt compare`: the new release is worse than the old one."""
+
+    exit_code = 15
+    kind = "regression"
+
+
+class ComparisonError(GpuoptError):
+    """`gpuopt compare`: the two cannot be compared: another GPU, TensorRT or way of measuring."""
+
+    exit_code = 16
+    kind = "comparison"
+
+
+class SignatureError(GpuoptError):
+    """A bundle's signature is missing, damaged, or of another key."""
+
+    exit_code = 17
+    kind = "signature"
 
 
 INTERRUPTED_EXIT_CODE = 130
@@ -150,6 +178,10 @@ KINDS: tuple[type[GpuoptError], ...] = (
     EngineError,
     PrecisionError,
     SpeedError,
+    ResourceError,
+    RegressionError,
+    ComparisonError,
+    SignatureError,
 )
 
 

@@ -347,6 +347,32 @@ class SpeedSection(Section):
     seconds: float = Field(3.0, gt=0, description="For all candidates together.")
 
 
+class BenchmarkSection(Section):
+    """Latency and throughput of what was built, measured after it was verified."""
+
+    enabled: Literal["auto", "on", "off"] = Field("auto", description="auto: where a gate needs it.")
+    seconds: float = Field(2.0, gt=0, description="Measured for, of each file.")
+    cuda_graph: bool = Field(True, description="Engines run as a CUDA graph.")
+
+
+Percentile = Literal["p50", "p90", "p95", "p99"]
+
+
+class GatesSection(Section):
+    """What a release has to hold; `verify` and `accuracy` have the limits of accuracy, which are gates, too."""
+
+    mode: Literal["fail", "warn"] = Field("fail", description="warn: report gates that do not pass, and pass.")
+    max_latency_ms: dict[Percentile, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="By percentile, of single inferences: {p99: 5}."
+    )
+    max_latency_vs_fp16: float | None = Field(None, gt=0, description="Time of an inference over FP16's, as 0.9.")
+    min_throughput: float | None = Field(None, gt=0, description="Samples a second.")
+    max_engine_size: MemorySize | None = Field(None, description="Of each engine, as 50MiB.")
+    max_device_memory: MemorySize | None = Field(None, description="Inputs, outputs and scratch memory, as 1GiB.")
+    max_build_seconds: float | None = Field(None, gt=0, description="Of each engine's build.")
+    max_calibration_warnings: int | None = Field(None, ge=0, description="Findings about the calibration data.")
+
+
 class OutputSection(Section):
     directory: str | None = Field(None, description="Bundle folder; empty: <model>.gpuopt beside the model.")
 
@@ -371,6 +397,8 @@ class Recipe(Section):
     build: BuildSection = BuildSection()
     verify: VerifySection = VerifySection()
     speed: SpeedSection = SpeedSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
+    gates: GatesSection = GatesSection()
     output: OutputSection = OutputSection()
 
     @model_validator(mode="after")
