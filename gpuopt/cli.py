@@ -57,6 +57,17 @@ class QuantizerChoice(str, Enum):
     tensorrt = "tensorrt"
 
 
+class GateMode(str, Enum):
+    fail = "fail"
+    warn = "warn"
+
+
+class DocumentChoice(str, Enum):
+    report = "report"
+    bench = "bench"
+    profile = "profile"
+
+
 class EqualizeChoice(str, Enum):
     auto = "auto"
     off = "off"
@@ -303,6 +314,35 @@ def compile(  # noqa: A001 - the command's name
             "--io-format", metavar="NAME=DTYPE:FORMAT", help="Of an input or output, as image=fp16:hwc8; repeatable."
         ),
     ] = None,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Measure latency and throughput. [default: where a gate needs it]")
+    ] = False,
+    max_latency: Annotated[
+        list[str] | None,
+        typer.Option("--max-latency", metavar="PERCENTILE=TIME", help="Gate, as p99=5ms; repeatable."),
+    ] = None,
+    max_latency_vs_fp16: Annotated[
+        float | None, typer.Option("--max-latency-vs-fp16", metavar="RATIO", help="Gate: time over FP16's, as 0.9.")
+    ] = None,
+    min_throughput: Annotated[
+        float | None, typer.Option("--min-throughput", metavar="RATE", help="Gate: samples a second.")
+    ] = None,
+    max_engine_size: Annotated[
+        str | None, typer.Option("--max-engine-size", metavar="SIZE", help="Gate, as 50MiB.")
+    ] = None,
+    max_device_memory: Annotated[
+        str | None,
+        typer.Option("--max-device-memory", metavar="SIZE", help="Gate: of one execution, as 1GiB."),
+    ] = None,
+    max_build_seconds: Annotated[
+        float | None, typer.Option("--max-build-seconds", metavar="SECONDS", help="Gate: of each engine's build.")
+    ] = None,
+    max_calibration_warnings: Annotated[
+        int | None, typer.Option("--max-calibration-warnings", metavar="N", help="Gate: findings about the data.")
+    ] = None,
+    gate_mode: Annotated[
+        GateMode | None, typer.Option("--gate-mode", help="warn: gates are told and fail nothing. [default: fail]")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
@@ -356,6 +396,15 @@ def compile(  # noqa: A001 - the command's name
         tactic_sources=tuple(tactic_sources or ()),
         plugins=tuple(plugins or ()),
         io_formats=tuple(io_formats or ()),
+        benchmark=benchmark,
+        gate_mode=_value(gate_mode),
+        max_latency=tuple(max_latency or ()),
+        max_latency_vs_fp16=max_latency_vs_fp16,
+        min_throughput=min_throughput,
+        max_engine_size=max_engine_size,
+        max_device_memory=max_device_memory,
+        max_build_seconds=max_build_seconds,
+        max_calibration_warnings=max_calibration_warnings,
     )
     chosen = request.recipe(recipe, flags, settings or [])
     if dry_run:
@@ -649,6 +698,16 @@ def profile(
         typer.echo(command.render(found, not in_order))
     if trace is not None:
         command.trace(subject, trace)
+
+
+@app.command()
+def schema(
+    document: Annotated[DocumentChoice, typer.Argument(help="Which document.")] = DocumentChoice.report,
+) -> None:
+    """Print the JSON Schema of a document that gpuopt writes."""
+    from gpuopt import request
+
+    typer.echo(request.schema(document.value), nl=False)
 
 
 @app.command()

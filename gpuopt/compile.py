@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gpuopt
-from gpuopt import bundle, environment
+from gpuopt import bundle, environment, gates
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.engine_record import Trust
@@ -30,8 +30,16 @@ from gpuopt.pipeline import (
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
-from gpuopt.report.markdown import render as render_markdown
-from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
+from gpuopt.report.documents import documents
+from gpuopt.report.model import (
+    BenchmarkReport,
+    EngineReport,
+    Failure,
+    GateReport,
+    ModelReport,
+    Report,
+    StageReport,
+)
 from gpuopt.storage import sha256_file, storage_errors
 
 
@@ -122,16 +130,27 @@ def compile_model(
     error: GpuoptError | None = None
     choice: Choice | None = None
 
-    def finished(failure: GpuoptError | None) -> Report:
+    judged: list[GateReport] = []
+
+    def finished(failure: GpuoptError | None, stage: str | None = None) -> Report:
         report = _report(recipe, runner, failure, command, time.monotonic() - started)
-        race = choice.table if choice is not None and choice.table else None
-        return report.model_copy(update={"warnings": [*notes, *report.warnings], "race": race})
+        about: dict[str, Any] = {
+            "warnings": [*notes, *report.warnings],
+            "race": choice.table if choice is not None and choice.table else None,
+            "gates": judged,
+            "gate_mode": recipe.gates.mode,
+        }
+        if stage is not None:
+            about["error"] = failure_of(failure, stage)
+        return report.model_copy(update=about)
 
     contest = Contest(recipe, cache, progress, str(destination), verdict, explain)
+    at_gates: str | None = None
     try:
         check_engine_graph(recipe)
         check_request(with_precision(recipe, "int8") if recipe.precision == "auto" else recipe)
-        check_provable(recipe)
+        if recipe.gates.mode == "fail":
+            check_provable(recipe)
         bundle.check_destination(destination)
         if recipe.precision == "auto":
             choice = contest.choose()
@@ -149,11 +168,19 @@ def compile_model(
             if error is None and recipe.precision == "int8" and can_check_speed(recipe):
                 choice = contest.check(runner)
                 error = choice.error
+        if runner is not None and runner.at_work is None and (choice is None or choice.winner is not None):
+            judged.extend(gates.evaluate(finished(error), recipe))
+            before = error
+            error, said = gates.settle(judged, recipe.gates.mode, before)
+            at_gates = "gates" if error is not before else None
+            for line in said:
+                progress.warn(line)
+            notes += said
     except GpuoptError as failure:
         error = failure
         if runner is None and contest.runners:
             runner = contest.runners[-1]
-    report = finished(error)
+    report = finished(error, at_gates)
     try:
         if error is None:
             _write(destination, recipe, runner, report)
@@ -220,11 +247,14 @@ def verify_bundle(folder: Path, progress: Progress, command: Sequence[str], trus
                 for engine in before.engines
             ],
             "verification": result,
+            "gates": [],
+            "gate_mode": recipe.gates.mode,
             "warnings": [*result["warnings"], *unchecked],
             "environment": environment.describe(),
             "seconds": round(seconds, 3),
         }
     )
+    report = report.model_copy(update={"gates": gates.accuracy_gates(report, recipe)})
     progress.line(f"{len(manifest['files'])} files match the manifest")
     return Outcome(report, error)
 
@@ -334,6 +364,7 @@ def _report(
         stages=stage_reports(runner) if runner else [],
         engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,
+        benchmarks=benchmark_reports(runner) if runner else [],
         warnings=[warning for result in results for warning in result.entry.warnings],
         environment=environment.describe(),
         seconds=round(seconds, 3),
@@ -349,11 +380,18 @@ def stage_reports(runner: Runner) -> list[StageReport]:
             cached=result.cached,
             reason=result.reason,
             seconds=result.entry.seconds,
-            facts=dict(result.entry.facts),
+            # The single timings stand under `benchmarks`.
+            facts={name: value for name, value in result.entry.facts.items() if name != "timings_ms"},
             warnings=list(result.entry.warnings),
         )
         for result in runner.results
     ]
+
+
+def benchmark_reports(runner: Runner) -> list[BenchmarkReport]:
+    """What was measured of each file."""
+    found = (result.entry.facts for result in runner.results if result.step.stage.name == "benchmark")
+    return [BenchmarkReport.model_validate(facts) for facts in found]
 
 
 def engine_reports(runner: Runner) -> list[EngineReport]:
@@ -425,10 +463,9 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         for result in runner.results:
             if result.step.stage.name == "build":
                 files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
-    documents = {
+    texts = {
         "recipe.yaml": recipe.to_yaml(),
-        bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
-        "report.md": render_markdown(report),
+        **documents(report),
     }
     about = {
         "gpuopt_version": report.gpuopt_version,
@@ -444,7 +481,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         "environment": report.environment,
     }
     bundle.check_destination(destination)
-    bundle.write(destination, files, documents, about)
+    bundle.write(destination, files, texts, about)
 
 
 def failure_of(error: GpuoptError | None, stage: str | None) -> Failure | None:

@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gpuopt.errors import RequirementError
@@ -200,6 +201,16 @@ def why_not_run(target: str) -> str:
     if target == "tensorrt-rtx" and capability < (10, 0) and capability not in ((8, 0), (8, 6), (8, 9)):
         return f"TensorRT-RTX does not run on {devices[0].name} (compute capability {devices[0].compute_capability})"
     return ""
+
+
+def processor() -> str:
+    """The CPU's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def library_version(target: str) -> str:

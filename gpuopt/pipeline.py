@@ -40,6 +40,7 @@ class Stage:
         sources: what it reads beside artifacts: `model`, `data` (for calibration), `evaluation` (data), `metric`.
         per_target: whether it runs once for each engine target.
         fits: whether it can run for a target on this machine.
+        else_for: the target it runs for where it fits none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     sources: tuple[str, ...] = ()
     per_target: bool = False
     fits: Callable[[str], bool] = lambda target: True
+    else_for: str = ""
 
 
 def _is_int8(recipe: Recipe) -> bool:
@@ -65,6 +67,13 @@ def is_native(recipe: Recipe) -> bool:
 
 def _corrects_biases(recipe: Recipe) -> bool:
     return _is_int8(recipe) and recipe.quantize.format == "qdq" and recipe.quantize.bias_correction != "off"
+
+
+def is_benchmarked(recipe: Recipe) -> bool:
+    """Whether speed is measured: asked for, or needed by a gate."""
+    gates = recipe.gates
+    wanted = gates.max_latency_ms or gates.min_throughput is not None or gates.max_device_memory is not None
+    return recipe.benchmark.enabled == "on" or (recipe.benchmark.enabled == "auto" and bool(wanted))
 
 
 def builds_engine(recipe: Recipe) -> bool:
@@ -183,6 +192,12 @@ STAGES = (
         ("verify", "precision", "quantize.quantizer"), _ORT,
         applies=lambda recipe: recipe.verify.enabled,
     ),
+    Stage(
+        "benchmark", ("engine?", "onnx", "reference"), (),
+        ("benchmark", "build.plugins", "build.version_compatible"), ("tensorrt", "pycuda", "cuda-bindings", *_ORT),
+        applies=is_benchmarked, per_target=True, fits=lambda target: not environment.why_not_run(target),
+        else_for="onnxruntime",
+    ),
 )  # fmt: skip
 
 
@@ -218,8 +233,9 @@ def plan(recipe: Recipe, until: str | None = None) -> list[Step]:
     steps: list[Step] = []
     for stage in STAGES:
         if stage.applies(recipe) and stage.per_target:
-            targets = (target for target in recipe.build.target if target != "onnxruntime")
-            steps.extend(Step(stage, target) for target in targets if stage.fits(target))
+            engines = recipe.build.target if recipe.build.enabled else ()
+            targets: list[str] = [t for t in engines if t != "onnxruntime" and stage.fits(t)]
+            steps.extend(Step(stage, target) for target in targets or [stage.else_for] if target)
         elif stage.applies(recipe):
             steps.append(Step(stage))
         if stage.name == until:
@@ -343,6 +359,8 @@ class Runner:
         """Everything that decides a step's result; None if that cannot be known beforehand."""
         stage = step.stage
         parts = {"stage": stage.name, "gpuopt": own_version()}
+        if stage.name == "benchmark":
+            parts["CPU"] = f"{os.cpu_count()} of {environment.processor()}"
         if step.target:
             parts["target"] = step.target
             parts.update(_build_machine(self.recipe))

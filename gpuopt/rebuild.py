@@ -11,13 +11,14 @@ from typing import Any
 import onnx
 
 import gpuopt
-from gpuopt import bundle, environment
+from gpuopt import bundle, environment, gates
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import (
     NO_ENGINE,
     NOT_INT8_YET,
     Outcome,
+    benchmark_reports,
     engine_reports,
     failure_of,
     now,
@@ -28,11 +29,12 @@ from gpuopt.errors import GpuoptError, UsageError
 from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
-from gpuopt.report.markdown import render as render_markdown
+from gpuopt.report.documents import documents
 from gpuopt.report.model import Report
 from gpuopt.storage import storage_errors
 
-_CHANGEABLE = ("build", "verify")
+_STAGES = ("build", "prove", "benchmark")
+_CHANGEABLE = ("build", "verify", "benchmark", "gates")
 _FOR_TENSORRT_8 = "with --set build.legacy=true --opset 17"
 
 
@@ -45,7 +47,7 @@ def build_bundle(
 
     Args:
         target: None: TensorRT where it and a GPU are present, else TensorRT-RTX.
-        settings: `KEY=VALUE` of the build and verify sections.
+        settings: `KEY=VALUE` of the sections `build`, `verify`, `benchmark` and `gates`.
 
     Raises:
         StorageError: the bundle is damaged.
@@ -60,17 +62,18 @@ def build_bundle(
     recipe = _recipe(folder, target, settings)
     engine = recipe.build.target[0]
     environment.check_targets([engine])
-    check_provable(recipe)
+    if recipe.gates.mode == "fail":
+        check_provable(recipe)
     runner = Runner(recipe, cache, progress, f"{folder.absolute()} build")
     error: GpuoptError | None = None
     with cache.scratch() as scratch:
         _adopt(runner, folder, scratch)
         try:
-            runner.run(only=("build", "prove"))
+            runner.run(only=_STAGES)
             error = verdict(runner)
         except GpuoptError as failure:
             error = failure
-        old = [s for s in before.stages if s.name in ("build", "prove") and s.target == engine]
+        old = [s for s in before.stages if s.name in _STAGES and s.target == engine]
         kept = [stage for stage in before.stages if stage not in old]
         outdated = {w for stage in old for w in stage.warnings} - {w for stage in kept for w in stage.warnings}
         outdated |= {NO_ENGINE, NOT_INT8_YET}
@@ -87,6 +90,8 @@ def build_bundle(
                 "environment": environment.describe(),
                 # Speeds are not compared here, and those of another machine say nothing about this engine.
                 "race": None,
+                "benchmarks": benchmark_reports(runner),
+                "gate_mode": recipe.gates.mode,
                 "warnings": [
                     *(warning for warning in before.warnings if warning not in outdated),
                     *(warning for result in runner.results for warning in result.entry.warnings),
@@ -94,6 +99,19 @@ def build_bundle(
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
+        if runner.at_work is None:
+            found, before_gates = gates.evaluate(report, recipe), error
+            error, said = gates.settle(found, recipe.gates.mode, before_gates)
+            for line in said:
+                progress.warn(line)
+            report = report.model_copy(
+                update={
+                    "gates": found,
+                    "warnings": [*report.warnings, *said],
+                    "status": "failed" if error else "passed",
+                    "error": report.error if error is before_gates else failure_of(error, "gates"),
+                }
+            )
         if error is None:
             _write(folder, manifest, _with_targets(recipe, report), runner, report)
     return Outcome(report, error)
@@ -183,12 +201,11 @@ def _engines(before: Report, runner: Runner) -> list[Any]:
 
 
 def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Runner, report: Report) -> None:
-    documents = {
+    texts = {
         "recipe.yaml": recipe.to_yaml(),
-        bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
-        "report.md": render_markdown(report),
+        **documents(report),
     }
-    files = {name: folder / name for name in manifest["files"] if name not in documents}
+    files = {name: folder / name for name in manifest["files"] if name not in texts}
     for result in runner.results:
         if result.step.stage.name == "build":
             files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
@@ -201,4 +218,4 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
         targets=[engine.model_dump(mode="json", include=set(kept)) for engine in report.engines],
         environment=report.environment,
     )
-    bundle.write(folder, files, documents, about)
+    bundle.write(folder, files, texts, about)

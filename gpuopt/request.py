@@ -65,6 +65,15 @@ class Flags:
     tactic_sources: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     io_formats: tuple[str, ...] = ()
+    benchmark: bool = False
+    gate_mode: str | None = None
+    max_latency: tuple[str, ...] = ()
+    max_latency_vs_fp16: float | None = None
+    min_throughput: float | None = None
+    max_engine_size: str | None = None
+    max_device_memory: str | None = None
+    max_build_seconds: float | None = None
+    max_calibration_warnings: int | None = None
 
 
 def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
@@ -111,6 +120,15 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "build.tactic_sources": _tactic_sources(flags.tactic_sources) or None,
         "build.plugins": list(flags.plugins) or None,
         "build.io_formats": _io_formats(flags.io_formats) or None,
+        "benchmark.enabled": "on" if flags.benchmark else None,
+        "gates.mode": flags.gate_mode,
+        "gates.max_latency_ms": _latencies(flags.max_latency) or None,
+        "gates.max_latency_vs_fp16": flags.max_latency_vs_fp16,
+        "gates.min_throughput": flags.min_throughput,
+        "gates.max_engine_size": flags.max_engine_size,
+        "gates.max_device_memory": flags.max_device_memory,
+        "gates.max_build_seconds": flags.max_build_seconds,
+        "gates.max_calibration_warnings": flags.max_calibration_warnings,
     }
     if flags.model is not None:
         is_factory = not Path(flags.model).exists() and FACTORY_PATTERN.match(flags.model)
@@ -199,6 +217,19 @@ def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
         yield Cache(Path(temporary))
 
 
+def schema(document: str) -> str:
+    """The JSON Schema (draft 2020-12) of `report`, `bench` or `profile`, as pydantic derives it from the models."""
+    from pydantic import BaseModel
+
+    from gpuopt.bench.report import BenchReport
+    from gpuopt.profiling.command import ProfileReport
+    from gpuopt.report.model import Report
+
+    models: dict[str, type[BaseModel]] = {"report": Report, "bench": BenchReport, "profile": ProfileReport}
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **models[document].model_json_schema()}
+    return json.dumps(found, indent=2) + "\n"
+
+
 def doctor(as_json: bool) -> str:
     """What is installed and what each target still needs."""
     found = environment.describe()
@@ -239,6 +270,22 @@ def cache_state(folder: Path | None, clear: bool, as_json: bool) -> str:
 
 def _tactic_sources(texts: Sequence[str]) -> list[str]:
     return [name.strip() for text in texts for name in text.split(",")]
+
+
+def _latencies(texts: Sequence[str]) -> dict[str, float]:
+    """Milliseconds by percentile from `p99=5ms`.
+
+    Raises:
+        UsageError: no percentile, or no time.
+    """
+    found = {}
+    for text in texts:
+        percentile, _, limit = text.partition("=")
+        try:
+            found[percentile.strip().lower()] = float(limit.strip().removesuffix("ms"))
+        except ValueError:
+            raise UsageError(f"--max-latency '{text}' is no percentile and time", "Write it as p99=5ms.") from None
+    return found
 
 
 def _io_formats(texts: Sequence[str]) -> dict[str, str]:

@@ -47,6 +47,7 @@ class Measurement:
         back_to_back_spread: lowest and highest round.
         warm_up_iterations: before the timings were steady.
         was_steady: whether they became so.
+        timings_ms: of the single inferences, in order.
     """
 
     latency: Summary
@@ -54,6 +55,7 @@ class Measurement:
     back_to_back_spread: tuple[float, float]
     warm_up_iterations: int
     was_steady: bool
+    timings_ms: tuple[float, ...] = ()
 
 
 def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
@@ -73,7 +75,9 @@ def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
     while time.perf_counter() - started < min(_SHORTEST_WARM_UP, settings.warm_up_seconds):
         subject.run_many(per_round)
     rounds = sorted(subject.run_many(per_round) for _ in range(_ROUNDS))
-    return Measurement(summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(before), was_steady)
+    return Measurement(
+        summarize(timings), rounds[len(rounds) // 2], (rounds[0], rounds[-1]), len(before), was_steady, tuple(timings)
+    )
 
 
 _ROUNDS = 7

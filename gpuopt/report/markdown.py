@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpuopt.report.model import Report
+from gpuopt import gates
+from gpuopt.report.model import BenchmarkReport, Estimate, Report
 
 _MOST_ROWS = 30
 _MOST_NAMES = 5
@@ -17,9 +18,11 @@ def render(report: Report) -> str:
     sections = [
         _headline(report),
         _error(report),
+        _gates(report),
         _warnings(report),
         _engines(report),
         _race(report),
+        _benchmarks(report),
         _proofs(report),
         _interface(report),
         _precision(report),
@@ -55,6 +58,60 @@ def _error(report: Report) -> str:
         report.error.hint,
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _gates(report: Report) -> str:
+    """Every condition of the release, with the room that is left."""
+    if not report.gates:
+        return ""
+    rows = [
+        (
+            {"passed": "passed", "failed": "**failed**", "unknown": "**unknown**"}[gate.verdict],
+            f"`{gate.name}`",
+            f"`{gate.target}`" if gate.target else "",
+            gates.shown(gate.value, gate.unit) if gate.value is not None else gate.reason,
+            f"{gate.sense} {gates.shown(gate.limit, gate.unit)}",
+            gates.shown(gate.margin, gate.unit) if gate.margin is not None else "",
+            gate.where,
+        )
+        for gate in report.gates
+    ]
+    head = ("verdict", "gate", "of", "value", "limit", "margin", "where")
+    note = "\n\nGates only warn in this run." if report.gate_mode == "warn" else ""
+    return "## Gates\n\n" + table(head, rows) + note
+
+
+def _benchmarks(report: Report) -> str:
+    """How fast each file is here."""
+    if not report.benchmarks:
+        return ""
+    rows = [
+        (
+            f"`{one.file}`",
+            one.batch,
+            *(_estimate(getattr(one, f"latency_{name}_ms"), "{:.3f}") for name in ("p50", "p90", "p95", "p99")),
+            _estimate(one.throughput_samples_per_second, "{:.0f}"),
+            _split(one),
+            one.where,
+        )
+        for one in report.benchmarks
+    ]
+    head = ("file", "batch", "p50, ms", "p90", "p95", "p99", "samples/s", "in, compute, out, ms", "where")
+    said = "\n".join(f"- `{one.file}`: {one.includes}." for one in report.benchmarks)
+    return "\n\n".join(["## Benchmark", table(head, rows), said])
+
+
+def _estimate(found: Estimate, form: str) -> str:
+    """A value with its interval."""
+    value = form.format(found.value)
+    if found.low is None or found.high is None:
+        return value
+    return f"{value} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def _split(one: BenchmarkReport) -> str:
+    parts = (one.host_to_device_ms, one.compute_ms, one.device_to_host_ms)
+    return ", ".join(f"{part:.3f}" for part in parts if part is not None)
 
 
 def _warnings(report: Report) -> str:

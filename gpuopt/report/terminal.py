@@ -30,6 +30,11 @@ def render(report: Report, folder: str) -> str:
         timed = [row for row in report.race["candidates"] if row["milliseconds"] is not None]
         times = ", ".join(f"{row['name']} {row['milliseconds']:.3f} ms" for row in timed)
         lines.append(f"speed        {report.race['chosen']} ships: {times}")
+    for one in report.benchmarks:
+        lines.append(
+            f"latency      {one.file}: p50 {one.latency_p50_ms.value:.3f} ms, p99 {one.latency_p99_ms.value:.3f} ms, "
+            f"{one.throughput_samples_per_second.value:.0f} samples/s at batch {one.batch}"
+        )
     for entry in report.facts("export").get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
@@ -65,6 +70,9 @@ def render(report: Report, folder: str) -> str:
             f"accuracy     {', '.join(figures) or 'exact'}; worst of {len(corners)} shape corners, "
             f"against {report.verification['reference']}"
         )
+    if report.gates:
+        passed = sum(gate.verdict == "passed" for gate in report.gates)
+        lines.append(f"gates        {passed} of {len(report.gates)} passed")
     if report.facts("export"):
         lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)

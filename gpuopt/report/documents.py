@@ -1,0 +1,17 @@
+"""The files that a report is written as."""
+
+from __future__ import annotations
+
+from gpuopt.report import junit, markdown
+from gpuopt.report.model import Report
+
+REPORT_FILE = "report.json"
+
+
+def documents(report: Report) -> dict[str, str]:
+    """Content by name: JSON for programs, Markdown for people, JUnit for CI services."""
+    return {
+        REPORT_FILE: report.model_dump_json(indent=2) + "\n",
+        "report.md": markdown.render(report),
+        "junit.xml": junit.render(report),
+    }

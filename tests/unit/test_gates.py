@@ -1,0 +1,131 @@
+"""Gates: verdict, value, limit and margin of every limit, and the error of the first that does not pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gpuopt import errors, gates
+from gpuopt.errors import AccuracyError, ResourceError, SpeedError
+from gpuopt.report.model import GateReport, Report
+from tests.unit.report.samples import benchmark, gated, recipe
+from tests.unit.report.test_rendering import passing
+
+
+def by_name(found: Report | list[GateReport]) -> dict[str, list[GateReport]]:
+    names: dict[str, list[GateReport]] = {}
+    for gate in found.gates if isinstance(found, Report) else found:
+        names.setdefault(gate.name, []).append(gate)
+    return names
+
+
+def test_accuracy_is_always_a_gate_and_its_worst_corner_is_named() -> None:
+    found = by_name(gated(recipe()))
+    cosine = {gate.target: gate for gate in found["cosine"]}
+    assert set(cosine) == {"model.onnx", "engine.onnx"}
+    assert cosine["model.onnx"].where == "profile0-max, output 'logits'"
+    assert cosine["model.onnx"].value == pytest.approx(0.99875)
+    assert cosine["model.onnx"].margin == pytest.approx(0.99875 - 0.95)
+    assert {gate.verdict for gate in found["sqnr_db"]} == {"passed"}
+    assert [gate.value for gate in found["batch_relative_error"]] == [1.5e-7]
+    assert [gate.value for gate in found["verification_failures"]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad", "name", "exit_code"),
+    [
+        ("gates__max_latency_ms", {"p99": 4.0}, {"p99": 3.9}, "latency_p99_ms", 13),
+        ("gates__max_latency_ms", {"p50": 2.0}, {"p50": 1.9}, "latency_p50_ms", 13),
+        ("gates__min_throughput", 4000, 4001, "throughput_samples_per_second", 13),
+        ("gates__max_engine_size", "1GiB", "1KiB", "engine_size_bytes", 14),
+        ("gates__max_calibration_warnings", 5, None, "calibration_warnings", 4),
+    ],
+)
+def test_a_limit_is_kept_or_missed(key: str, good: Any, bad: Any, name: str, exit_code: int) -> None:
+    for limit, verdict in ((good, "passed"), (bad, "failed")):
+        if limit is None:
+            continue
+        for gate in by_name(gated(recipe(**{key: limit})))[name]:
+            assert gate.verdict == verdict, gate
+            assert gate.exit_code == exit_code
+            assert gate.margin is not None
+            assert (gate.margin >= 0) == (verdict == "passed")
+
+
+@pytest.mark.parametrize(
+    ("key", "limit", "name", "reason"),
+    [
+        ("gates__max_latency_ms", {"p99": 4.0}, "latency_p99_ms", "speed was not measured"),
+        ("gates__min_throughput", 1, "throughput_samples_per_second", "speed was not measured"),
+        ("gates__max_device_memory", "1GiB", "device_memory_bytes", "no engine was run on a GPU"),
+        ("gates__max_build_seconds", 1, "build_seconds", "no engine was built"),
+        ("gates__max_latency_vs_fp16", 1.0, "latency_vs_fp16", "FP16 was not timed beside it"),
+        ("verify__min_precision_coverage", "80%", "precision_coverage", "no engine was run"),
+        ("accuracy__max_drop", "1%", "accuracy_drop", "did not finish"),
+    ],
+)
+def test_what_is_not_known_does_not_pass(key: str, limit: Any, name: str, reason: str) -> None:
+    stages = [stage for stage in passing().stages if stage.name not in ("build", "fallback")]
+    report = gated(recipe(**{key: limit}), benchmarks=[], stages=stages)
+    (gate,) = by_name(report)[name]
+    assert gate.verdict == "unknown"
+    assert reason in gate.reason
+    error = gates.first_failure(report.gates)
+    assert error is not None
+    assert reason in error.message
+    assert error.exit_code == gate.exit_code
+
+
+def test_a_ratio_to_fp16_is_that_of_the_race() -> None:
+    race = {
+        "target": "tensorrt", "shapes": {}, "includes": "", "candidates": [], "chosen": "int8",
+        "ratio_to_fp16": {"int8": {"value": 0.8, "low": 0.78, "high": 0.83}},
+    }  # fmt: skip
+    found = by_name(gated(recipe(gates__max_latency_vs_fp16=0.79), race=race))
+    assert found["latency_vs_fp16"][0].value == 0.8
+    assert found["latency_vs_fp16"][0].verdict == "failed"
+    assert found["int8_vs_fp16"][0].verdict == "passed"
+    fp16 = gated(recipe(gates__max_latency_vs_fp16=1.0), precision="fp16")
+    assert by_name(fp16)["latency_vs_fp16"][0].value == 1.0
+
+
+def test_device_memory_and_split_are_those_of_engines() -> None:
+    engine = benchmark(target="tensorrt", file="model.tensorrt.engine", device_memory_bytes=3 << 20)
+    found = by_name(gated(recipe(gates__max_device_memory="2MiB"), benchmarks=[engine]))
+    assert [gate.verdict for gate in found["device_memory_bytes"]] == ["failed"]
+    assert gates.describe(found["device_memory_bytes"][0]) == (
+        "device_memory_bytes of model.tensorrt.engine: 3.0 MiB, at most 2.0 MiB"
+    )
+
+
+def test_the_first_gate_decides_and_the_others_are_counted() -> None:
+    asked = recipe(gates__max_latency_ms={"p99": 1, "p50": 1}, gates__max_engine_size="1KiB")
+    error = gates.first_failure(gated(asked).gates)
+    assert isinstance(error, SpeedError)
+    assert error.message.startswith(
+        "gate latency_p50_ms of model.onnx (batch 8, CPU, Example 9000): 2 ms, at most 1 ms"
+    )
+    assert "more gates)" in error.message
+    assert len(str(error).splitlines()) <= 3
+    only_size = gates.first_failure(gated(recipe(gates__max_engine_size="1KiB")).gates)
+    assert isinstance(only_size, ResourceError)
+
+
+def test_a_mode_that_warns_fails_nothing() -> None:
+    asked = recipe(gates__max_latency_ms={"p99": 1})
+    report = gated(asked)
+    before = AccuracyError("too far", "")
+    assert gates.settle(report.gates, "fail", before) == (before, [])
+    error, said = gates.settle(report.gates, "warn", before)
+    assert error is None
+    assert said == [
+        "gate latency_p99_ms of model.onnx (batch 8, CPU, Example 9000): 4 ms, at most 1 ms",
+    ]
+    assert gates.settle([], "warn", before) == (None, ["too far"])
+
+
+def test_every_gate_has_an_exit_code_of_its_kind() -> None:
+    known = {kind.exit_code for kind in errors.KINDS}
+    assert {kind.exit_code for kind in gates._ERRORS.values()} <= known
+    assert set(gates._HINTS) == set(gates._ERRORS.values())
