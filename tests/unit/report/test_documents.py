@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gpuopt import request
+from gpuopt import gates, request
 from gpuopt.report import junit
 from gpuopt.report.documents import documents
 from gpuopt.report.model import Failure, Report
@@ -100,3 +100,26 @@ def test_a_run_that_broke_is_an_error_whatever_its_words_hold() -> None:
     assert said is not None
     assert said.get("message") == '<b> & "[31m" ]]>'
     assert suite.get("errors") == "1"
+
+
+def releases() -> dict[str, Report]:
+    """One that may ship, and one whose accuracy forbids it."""
+    good = gated(recipe(gates__max_latency_ms={"p99": 5}, gates__max_engine_size="1GiB"))
+    asked = recipe(verify__min_cosine=0.9999)
+    verification = {**(passing().verification or {}), "passed": False, "failures": ["model.onnx, output 'logits'"]}
+    verification["limits"] = {**verification["limits"], "min_cosine": 0.9999}
+    bad = gated(asked, verification=verification)
+    error = gates.first_failure(bad.gates)
+    assert error is not None
+    said = Failure(kind=error.kind, exit_code=error.exit_code, message=error.message, hint=error.hint, stage="gates")
+    return {"passing": good, "failing": bad.model_copy(update={"status": "failed", "error": said})}
+
+
+@pytest.mark.parametrize("name", ["passing", "failing"])
+def test_a_release_reads_as_the_golden_one(name: str, request_: pytest.FixtureRequest) -> None:
+    written = documents(releases()[name])
+    for file, ending in (("report.md", "md"), ("junit.xml", "xml")):
+        golden = ROOT / f"tests/golden/release-{name}.{ending}"
+        if request_.config.getoption("--update-golden"):
+            golden.write_text(written[file])
+        assert written[file] == golden.read_text()
