@@ -96,3 +96,23 @@ def test_a_graph_for_tensorrt_8_is_refused_by_tensorrt_rtx(gpuopt: Gpuopt, proje
     assert result.code == 2
     assert "computes in FP32" in result.stderr
     assert "Compile again without build.legacy" in result.stderr
+
+
+def test_gates_are_judged_again_where_the_engine_is_built(gpuopt: Gpuopt, project: Path) -> None:
+    folder = project / "gated.gpuopt"
+    arguments = ("-p", "fp16", "-t", "tensorrt-rtx", "--no-build", "-o", folder)
+    assert gpuopt("compile", project / "model.pt", *arguments).code == 0
+    before = (folder / "manifest.json").read_bytes()
+    size = ("--set", "gates.max_engine_size=1KiB")
+    refused = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json", *size)
+    assert refused.code == 14, refused.stderr
+    assert refused.report()["error"]["stage"] == "gates"
+    assert (folder / "manifest.json").read_bytes() == before
+    warned = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json", *size, "--set", "gates.mode=warn")
+    assert warned.code == 0, warned.stderr
+    report = warned.report()
+    assert any("gate engine_size_bytes" in line for line in report["warnings"])
+    assert {gate["name"]: gate["verdict"] for gate in report["gates"]}["engine_size_bytes"] == "failed"
+    verified = gpuopt("verify", folder, "--json").report()
+    assert {gate["name"] for gate in verified["gates"]} >= {"cosine", "sqnr_db", "verification_failures"}
+    assert "engine_size_bytes" not in {gate["name"] for gate in verified["gates"]}
