@@ -118,6 +118,18 @@ def open_bundle(folder: Path, public_key: str | None = None) -> dict[str, Any]:
     return manifest
 
 
+def open_subject(path: Path, public_key: str | None = None) -> None:
+    """`open_bundle` for a bundle, and for the one that a file lies in where it has to be signed.
+
+    Raises:
+        SignatureError, StorageError: as `open_bundle`; a file that has to be signed lies in no bundle.
+    """
+    if path.is_dir():
+        open_bundle(path, public_key)
+    elif public_key is not None:
+        open_bundle(path.parent, public_key)
+
+
 def read_manifest(folder: Path, public_key: str | None = None) -> dict[str, Any]:
     """A bundle's manifest, its files not looked at; `open_bundle` without `differences`.
 

@@ -38,17 +38,24 @@ def check_file(path: Path, record: EngineRecord) -> None:
     """
     with storage_errors("read", path):
         size = path.stat().st_size
-        if size != record.size_bytes:
-            raise EngineError(
-                f"{path.name} has {size} bytes, its record says {record.size_bytes}: the file was cut off or replaced",
-                "Copy the engine and its record again.",
-            )
-        found = sha256_file(path)
-    if found != record.sha256:
-        raise EngineError(
-            f"{path.name} was changed: SHA-256 {found[:12]}..., its record says {record.sha256[:12]}...",
+        problem = file_problem(path.name, record, size, sha256_file(path) if size == record.size_bytes else "")
+    if problem is not None:
+        raise problem
+
+
+def file_problem(name: str, record: EngineRecord, size_bytes: int, sha256: str) -> EngineError | None:
+    """In what a file of this size and hash is not the one that the record describes; None if it is that."""
+    if size_bytes != record.size_bytes:
+        return EngineError(
+            f"{name} has {size_bytes} bytes, its record says {record.size_bytes}: the file was cut off or replaced",
+            "Copy the engine and its record again.",
+        )
+    if sha256 != record.sha256:
+        return EngineError(
+            f"{name} was changed: SHA-256 {sha256[:12]}..., its record says {record.sha256[:12]}...",
             "An engine is executable code: copy it again from where it was built.",
         )
+    return None
 
 
 def check_machine(record: EngineRecord, here: Here) -> None:
