@@ -66,13 +66,17 @@ def verify(content: bytes, file: Path, public_key: str) -> Signed:
 
 
 def _library() -> Any:
-    environment.require("minisign", "checking a signature")
-    import minisign
-
+    try:
+        import minisign
+    except ImportError as error:
+        raise RequirementError(
+            f"checking a signature needs the package py-minisign, which cannot be imported: {one_line(error)}",
+            f"Install it: {environment.install_hint('minisign')}.",
+        ) from error
     if not all(hasattr(minisign, name) for name in ("Error", "PublicKey", "Signature")):
         raise RequirementError(
             "checking a signature needs the package py-minisign; another one has taken its module's name, 'minisign'",
-            "pip uninstall minisign; pip install 'gpuopt[sign]'",
+            f"pip uninstall minisign; {environment.install_hint('minisign')}",
         )
     return minisign
 

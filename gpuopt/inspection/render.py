@@ -88,10 +88,10 @@ def _engine(found: EngineFacts) -> Iterator[str]:
     if found.record_problem:
         yield from _row("record", found.record_problem.removeprefix("no record") or "none")
     if found.target is not None:
-        versions = " and later minor releases" if found.version_compatible else ""
+        versions = "; runs in later minor releases, too" if found.version_compatible else ""
         yield from _row("built by", f"{_LIBRARIES[found.target]} {found.library_version}{versions}")
-        built_on = f"built on {found.gpu}, driver for CUDA {found.driver_version}" if found.gpu else "built without a GPU"
-        yield from _row("for GPUs", f"{_capabilities(found)}; {built_on}")
+        builder = f"on {found.gpu}, driver for CUDA {found.driver_version}" if found.gpu else "without a GPU"
+        yield from _row("for GPUs", f"{_capabilities(found)}; built {builder}")
         if found.precision == "fp32":
             yield from _row("TF32", "allowed" if found.tf32 else "off")
         yield from _interface(found.inputs, found.outputs, found.profiles)
