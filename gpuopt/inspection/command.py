@@ -26,11 +26,11 @@ def inspect(path: Path) -> Inspection:
         ModelError: the file is of another kind or truncated, or external data is missing or leaves its folder.
     """
     if path.is_dir():
-        return Inspection(kind="bundle", path=str(path), bundle=_bundle(path))
+        return Inspection(kind="bundle", path=home.plain(path), bundle=_bundle(path))
     if engines.is_plan(path) or _is_damaged_engine(path):
-        return Inspection(kind="engine", path=str(path), engine=engines.describe(path, home.of_file(path), True))
+        return Inspection(kind="engine", path=home.plain(path), engine=engines.describe(path, home.of_file(path), True))
     _check_is_onnx(path)
-    return Inspection(kind="onnx", path=str(path), graph=graphs.describe(path, home.of_file(path), True))
+    return Inspection(kind="onnx", path=home.plain(path), graph=graphs.describe(path, home.of_file(path), True))
 
 
 def _is_damaged_engine(path: Path) -> bool:
@@ -68,11 +68,11 @@ def _bundle(folder: Path) -> BundleFacts:
     with storage_errors("read", folder):
         size = sum(file.stat().st_size for name, file in present.items() if name in names)
     return BundleFacts(
-        status=_text(found, "status"),
-        precision=_text(found, "precision"),
+        status=_stated(found, "status"),
+        precision=_stated(found, "precision"),
         files=len(names),
         size_bytes=size,
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys(map(home.plain, problems))),
         signature=(folder / bundle.SIGNATURE_FILE).is_file(),
         engines=tuple(one for one in described if one is not None),
         graphs=tuple(one for one in drawn if one is not None),
@@ -89,6 +89,6 @@ def _try(describe: Callable[[Path], _Facts], path: Path, problems: list[str]) ->
         return None
 
 
-def _text(found: Home, key: str) -> str | None:
+def _stated(found: Home, key: str) -> str | None:
     value = found.manifest.get(key)
-    return value if isinstance(value, str) else None
+    return home.plain(value) if isinstance(value, str) else None

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from pydantic import ValidationError
 
 from gpuopt import onnx_model
+from gpuopt.errors import ModelError, one_line
 from gpuopt.inspection import loading
 from gpuopt.inspection.home import Home
 from gpuopt.inspection.model import FileFacts, GraphFacts, TensorFacts, WeightFacts
@@ -39,9 +41,19 @@ def describe(path: Path, home: Home | None, with_origin: bool) -> GraphFacts:
 
     Raises:
         StorageError: it cannot be read.
-        ModelError: it is no whole ONNX file, or its external data is missing or leaves its folder.
+        ModelError: it is no whole ONNX file, is damaged, or its external data is missing or leaves its folder.
     """
     model = onnx_model.load_untrusted(path)
+    try:
+        return _describe(path, model, home, with_origin)
+    except (UnicodeError, ValidationError, TypeError) as error:
+        # Names that are no UTF-8 come as bytes; protobuf lets them pass.
+        raise ModelError(
+            f"{path} is a damaged ONNX file: {one_line(error)}", "Save or download the model again."
+        ) from error
+
+
+def _describe(path: Path, model: onnx.ModelProto, home: Home | None, with_origin: bool) -> GraphFacts:
     nodes = list(_nodes(model.graph))
     shapes = _input_shapes(model, home)
     precisions = _Precisions(model)
@@ -104,8 +116,12 @@ class _Precisions:
 
     def _is_integer(self, name: str) -> bool:
         maker = self._makers.get(name)
-        while maker is not None and maker.op_type in _MOVING_WEIGHTS and maker.input:
-            maker = self._makers.get(maker.input[0])
+        # A damaged graph may go in circles.
+        passed: set[str] = set()
+        while maker is not None and maker.op_type in _MOVING_WEIGHTS and maker.input and name not in passed:
+            passed.add(name)
+            name = maker.input[0]
+            maker = self._makers.get(name)
         if maker is None or maker.op_type != "DequantizeLinear":
             return False
         stored = self._types.get(maker.input[0])

@@ -53,18 +53,18 @@ class Home:
         model, here = self._part("model"), self._part("environment")
         exported = self.report.facts("export") if self.report is not None else {}
         return OriginFacts(
-            model_path=_text_or_none(model.get("path")),
-            model_factory=_text_or_none(model.get("factory")),
-            model_kind=_text_or_none(model.get("kind")),
-            model_sha256=_text_or_none(model.get("sha256")),
-            exporter=_text_or_none(exported.get("exporter")),
-            gpuopt_version=str(self.manifest.get("gpuopt_version", "")),
-            created=str(self.manifest.get("created", "")),
-            command=tuple(map(str, _list(self.manifest.get("command")))),
-            python=str(here.get("python", "")),
-            platform=str(here.get("platform", "")),
-            packages={str(name): str(version) for name, version in _mapping(here.get("packages")).items()},
-            gpus=tuple(str(_mapping(gpu).get("name", "")) for gpu in _list(here.get("gpus"))),
+            model_path=_stated(model.get("path")),
+            model_factory=_stated(model.get("factory")),
+            model_kind=_stated(model.get("kind")),
+            model_sha256=_stated(model.get("sha256")),
+            exporter=_stated(exported.get("exporter")),
+            gpuopt_version=plain(self.manifest.get("gpuopt_version", "")),
+            created=plain(self.manifest.get("created", "")),
+            command=tuple(map(plain, _list(self.manifest.get("command")))),
+            python=plain(here.get("python", "")),
+            platform=plain(here.get("platform", "")),
+            packages={plain(name): plain(version) for name, version in _mapping(here.get("packages")).items()},
+            gpus=tuple(plain(_mapping(gpu).get("name", "")) for gpu in _list(here.get("gpus"))),
         )
 
     def _part(self, key: str) -> dict[str, Any]:
@@ -128,6 +128,11 @@ def read_report(folder: Path) -> Report:
         ) from error
 
 
+def plain(value: object) -> str:
+    """A value as text that JSON can hold: names on the disk, and so command lines, need not be UTF-8."""
+    return str(value).encode(errors="replace").decode()
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -136,5 +141,5 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _stated(value: Any) -> str | None:
+    return plain(value) if isinstance(value, str) else None

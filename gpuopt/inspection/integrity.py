@@ -8,7 +8,7 @@ from typing import Any
 from gpuopt import bundle, engine_record, signature
 from gpuopt.backends.tensorrt import preflight
 from gpuopt.errors import EngineError, StorageError
-from gpuopt.inspection.home import read_report
+from gpuopt.inspection.home import plain, read_report
 from gpuopt.inspection.model import IntegrityReport, SignatureFacts
 from gpuopt.storage import storage_errors
 
@@ -42,7 +42,7 @@ def check(folder: Path, public_key: str | None = None) -> IntegrityReport:
     with storage_errors("read", folder):
         size = sum((folder / name).stat().st_size for name in manifest["files"])
     return IntegrityReport(
-        bundle=str(folder),
+        bundle=plain(folder),
         files=len(manifest["files"]),
         size_bytes=size,
         engines=engines,

@@ -133,8 +133,19 @@ def test_a_damaged_bundle_is_described_with_what_is_wrong(
     assert found.engines[0].loading is not None
 
 
+def test_a_name_that_is_no_text_is_told(folder: Path) -> None:
+    (folder / os.fsdecode(b"a\xff")).touch()
+    assert "a? is not in the manifest" in bundle_of(folder).problems
+
+
 def test_a_manifest_of_odd_content_is_described(tmp_path: Path) -> None:
-    about = {"model": 5, "environment": {"gpus": "x", "packages": []}, "command": None, "status": 7, "created": None}
+    about = {
+        "model": 5,
+        "environment": {"gpus": "x", "packages": []},
+        "command": None,
+        "status": 7,
+        "created": "\ud800",
+    }
     found = bundle_of(bundles.make(tmp_path / "model.gpuopt", about=about))
     assert found.origin.model_path is None
     assert found.status is None

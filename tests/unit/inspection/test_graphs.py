@@ -98,6 +98,27 @@ def test_operators_on_integers_count(tmp_path: Path) -> None:
     assert (found.macs, found.int8_macs_share) == (30, 1.0)
 
 
+def test_a_graph_that_goes_in_circles_is_described(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Identity", ["b"], ["a"]),
+        helper.make_node("Identity", ["a"], ["b"]),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (2, 5))]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    assert described(helper.make_model(graph, ir_version=10), tmp_path).macs is None
+
+
+@pytest.mark.parametrize("name", [b"batch", b"weights"])
+def test_names_that_are_no_text_are_an_error_of_the_model(name: bytes, tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "weights"], ["y"])]
+    model = model_of(nodes, {"weights": np.ones((100, 3), np.float32)}, ("batch", 100))
+    content = model.SerializeToString().replace(name, name[:-1] + b"\xff")
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match="is a damaged ONNX file"):
+        describe(tmp_path / "model.onnx", None, True)
+
+
 def test_fp16_and_weights_by_dtype(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
