@@ -8,6 +8,7 @@ reference/                    inputs and the original model's outputs at every p
 recipe.yaml                   the resolved recipe
 report.json, report.md        what happened
 manifest.json                 SHA-256 of every file above, tools, machine, command line
+manifest.json.minisig         a signature over the manifest, if whoever ships the bundle made one; see gpuopt.signature
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from gpuopt.errors import StorageError, UsageError
 from gpuopt.storage import list_files, publish_folder, scratch_folder, storage_errors, write_json, write_text
 
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.json.minisig"
+"""Beside the manifest and in no hash; a bundle that is written anew is without it."""
+
 REPORT_FILE = "report.json"
 MANIFEST_VERSION = 1
+
+_AGAIN = "Copy the bundle again with the files themselves, or compile again."
 
 
 def check_destination(folder: Path) -> None:
@@ -61,7 +67,7 @@ def _foreign_files(folder: Path) -> list[str]:
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if "manifest_version" in manifest:
-            present -= {MANIFEST_FILE, *manifest["files"]}
+            present -= {MANIFEST_FILE, SIGNATURE_FILE, *manifest["files"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return sorted(present)
@@ -96,33 +102,78 @@ def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, 
         publish_folder(staged, destination)
 
 
-def open_bundle(folder: Path) -> dict[str, Any]:
+def open_bundle(folder: Path, public_key: str | None = None) -> dict[str, Any]:
     """Read a bundle's manifest after checking every file's hash against it.
 
+    Args:
+        public_key: of whom the manifest has to be signed by, as `signature.verify` takes it; None: no matter.
+
     Raises:
+        SignatureError: it is not; before anything of the bundle is believed.
         StorageError: no bundle, a missing, changed or unlisted file.
+    """
+    manifest = read_manifest(folder, public_key)
+    if found := differences(folder, manifest["files"]):
+        raise StorageError(f"bundle {folder}: {found[0]}", _AGAIN)
+    return manifest
+
+
+def open_subject(path: Path, public_key: str | None = None) -> None:
+    """`open_bundle` for a bundle, and for the one that a file lies in where it has to be signed.
+
+    Raises:
+        SignatureError, StorageError: as `open_bundle`; a file that has to be signed lies in no bundle.
+    """
+    if path.is_dir():
+        open_bundle(path, public_key)
+    elif public_key is not None:
+        open_bundle(path.parent, public_key)
+
+
+def read_manifest(folder: Path, public_key: str | None = None) -> dict[str, Any]:
+    """A bundle's manifest, its files not looked at; `open_bundle` without `differences`.
+
+    Raises:
+        SignatureError: `public_key` is given, and it is not signed with that key.
+        StorageError: there is none, or it cannot be read.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise StorageError(
             f"{folder} is not a gpuopt bundle: it has no {MANIFEST_FILE}", "Name a folder that 'gpuopt compile' wrote."
         )
+    with storage_errors("read", path):
+        content = path.read_bytes()
+    if public_key is not None:
+        from gpuopt import signature
+
+        # The bytes that were checked are the bytes that are read: the file may change in between.
+        signature.verify(content, folder / SIGNATURE_FILE, public_key)
     try:
-        manifest = json.loads(path.read_text())
-        expected = dict(manifest["files"])
+        manifest: dict[str, Any] = json.loads(content)
+        if not all(isinstance(value, str) for value in dict(manifest["files"]).values()):
+            raise ValueError("a hash is not text")
         if manifest["manifest_version"] != MANIFEST_VERSION:
             raise ValueError(f"manifest version {manifest['manifest_version']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}", "Copy the bundle again.") from error
+    return manifest
+
+
+def differences(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """What is otherwise than the manifest says, one line each: links, missing, changed and unlisted files.
+
+    Args:
+        expected: SHA-256 by name.
+    """
     with storage_errors("read", folder):
         links = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink())
         actual = folder_hashes(folder)
-    if links:
-        raise StorageError(f"bundle {folder}: {links[0]} is a link", "Copy the bundle again with the files themselves.")
-    actual.pop(MANIFEST_FILE, None)
-    for name in sorted({*expected, *actual}):
+    for name in (MANIFEST_FILE, SIGNATURE_FILE):
+        actual.pop(name, None)
+    found = [f"{name} is a link" for name in links]
+    for name in sorted({*expected, *actual} - {*links}):
         if expected.get(name) != actual.get(name):
             state = "is missing" if name not in actual else "changed" if name in expected else "is not in the manifest"
-            raise StorageError(f"bundle {folder}: {name} {state}", "Copy the bundle again, or compile again.")
-    result: dict[str, Any] = manifest
-    return result
+            found.append(f"{name} {state}")
+    return found

@@ -92,6 +92,12 @@ PluginFlag = Annotated[
     list[Path] | None,
     typer.Option("--plugin", metavar="FILE", help="Plugin library that the engine was built with; it runs code."),
 ]
+PublicKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--public-key", metavar="FILE|KEY", help="Demand minisign's signature by this key before anything is run."
+    ),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; errors only.")]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also show the facts of every stage on stderr.")]
 CacheOption = Annotated[
@@ -589,6 +595,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
     plugins: PluginFlag = None,
     allow_host_code: HostCodeFlag = False,
+    public_key: PublicKeyOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -598,7 +605,7 @@ def verify(
     from gpuopt.engine_record import Trust
 
     trust = Trust(plugins or (), allow_host_code)
-    _finish(verify_bundle(bundle, _progress(quiet), sys.argv, trust), as_json, quiet, verbose)
+    _finish(verify_bundle(bundle, _progress(quiet), sys.argv, trust, public_key), as_json, quiet, verbose)
 
 
 @app.command()
@@ -622,6 +629,7 @@ def bench(
     ] = None,
     plugins: PluginFlag = None,
     allow_host_code: HostCodeFlag = False,
+    public_key: PublicKeyOption = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -651,6 +659,7 @@ def bench(
         trust=Trust(tuple(plugins or ()), allow_host_code),
         baselines=tuple(baseline or ()),
         baseline_python=baseline_python,
+        public_key=public_key,
     )
     found = command.bench(asked, sys.argv, _progress(quiet))
     if output is not None:
@@ -674,6 +683,7 @@ def profile(
     ] = None,
     plugins: PluginFlag = None,
     allow_host_code: HostCodeFlag = False,
+    public_key: PublicKeyOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -686,7 +696,8 @@ def profile(
 
     if trace is not None:
         request.check_trace(subject, trace)
-    found = command.profile(subject, iterations, sys.argv, _progress(quiet), Trust(plugins or (), allow_host_code))
+    trust = Trust(plugins or (), allow_host_code)
+    found = command.profile(subject, iterations, sys.argv, _progress(quiet), trust, public_key)
     document = found.model_dump_json(indent=2)
     if output is not None:
         write_text(output, document + "\n")
@@ -708,6 +719,38 @@ def schema(
     from gpuopt import request
 
     typer.echo(request.schema(document.value), nl=False)
+
+
+@app.command()
+def inspect(
+    subject: Annotated[Path, typer.Argument(help="Bundle folder, engine or ONNX file.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a bundle, engine or ONNX file is, and whether it will load here; nothing is run."""
+    from gpuopt.inspection import command, render
+
+    found = command.inspect(subject)
+    if as_json:
+        _answer(found.model_dump_json(indent=2))
+    else:
+        typer.echo(render.inspection(found))
+
+
+@app.command()
+def check(
+    bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
+    public_key: PublicKeyOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Check that a bundle is whole and, with --public-key, who signed it; nothing is run."""
+    from gpuopt.inspection import integrity, render
+
+    found = integrity.check(bundle, public_key)
+    if as_json:
+        _answer(found.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(render.integrity(found))
 
 
 @app.command()

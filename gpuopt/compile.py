@@ -196,20 +196,28 @@ def compile_model(
     return Outcome(report, error)
 
 
-def verify_bundle(folder: Path, progress: Progress, command: Sequence[str], trust: Trust | None = None) -> Outcome:
+def verify_bundle(
+    folder: Path,
+    progress: Progress,
+    command: Sequence[str],
+    trust: Trust | None = None,
+    public_key: str | None = None,
+) -> Outcome:
     """Check a bundle's hashes and run its ONNX and its engines against its reference; the bundle is not changed.
 
     Args:
         trust: what its engines may run on the CPU.
+        public_key: whose signature the bundle has to bear; None: no matter.
 
     Raises:
+        SignatureError: it does not.
         StorageError: the bundle is damaged.
         RequirementError: ONNX Runtime is missing.
     """
     from gpuopt import reference
 
     started = time.monotonic()
-    manifest = bundle.open_bundle(folder)
+    manifest = bundle.open_bundle(folder, public_key)
     environment.require("onnxruntime", "verifying a bundle")
     from gpuopt.stages.verify import check
 

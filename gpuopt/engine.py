@@ -80,6 +80,7 @@ def load(
     cuda_graph: bool = False,
     plugins: Sequence[str | Path] = (),
     allow_host_code: bool = False,
+    public_key: str | Path | None = None,
 ) -> Engine:
     """Open a bundle's folder or a serialized engine.
 
@@ -92,16 +93,19 @@ def load(
         cuda_graph: run each shape as a CUDA graph: less work for the CPU, the same results.
         plugins: libraries of TensorRT plugins that the engine was built with; loading them runs their code.
         allow_host_code: let a version-compatible engine run the runtime that it carries.
+        public_key: of minisign, as a file or as text: the bundle, or the one that the engine lies in, has to be signed
+            with it. That is checked before anything is deserialised.
 
     Raises:
+        SignatureError: the signature is missing, damaged or of another key.
         StorageError: nothing there, or the bundle is damaged.
         EngineError: the engine was changed, or was built for another library, GPU or driver.
         RequirementError: a package or the GPU is missing.
         UsageError: the bundle has no such engine.
     """
     path = Path(path)
+    bundle.open_subject(path, None if public_key is None else str(public_key))
     if path.is_dir():
-        bundle.open_bundle(path)
         present = {kind: path / name for name, kind in _ENGINE_FILES.items() if (path / name).is_file()}
         chosen = target or _best(present)
         if chosen == "onnxruntime":

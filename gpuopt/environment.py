@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ _INSTALL = {
     "pycuda": "pip install 'gpuopt[cuda]' (compiles pycuda: needs CUDA's headers and a C++ compiler)",
     "cuda.bindings": "pip install 'gpuopt[cuda]'",
     "pynvml": "pip install nvidia-ml-py",
+    "minisign": "pip install 'gpuopt[sign]'",
 }
 
 
@@ -213,11 +215,38 @@ def processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def library_version(target: str) -> str:
-    """Version of a target's library here; empty without it. Imports it only where no distribution tells."""
+def stated_library_version(target: str) -> str:
+    """Version of a target's library here as its distribution or its source states it; empty where neither does.
+
+    Imports nothing.
+    """
     module, packages = _LIBRARIES[target]
     if found := [version for version in map(version_of, packages) if version is not None]:
         return ", ".join(found)
+    try:
+        spec = importlib.util.find_spec(module)
+        source = Path(spec.origin).read_text() if spec and spec.origin and spec.origin.endswith(".py") else ""
+    except (ImportError, OSError, ValueError):
+        return ""
+    stated = re.search(r"""^__version__ *= *["']([^"']+)["']""", source, re.MULTILINE)
+    return stated[1] if stated else ""
+
+
+def has_library(target: str) -> bool:
+    """Whether a target's library can be imported, without importing it."""
+    return has_module(_LIBRARIES[target][0])
+
+
+def library_install_hint(target: str) -> str:
+    """The command that installs a target's library."""
+    return _INSTALL[_LIBRARIES[target][0]]
+
+
+def library_version(target: str) -> str:
+    """Version of a target's library here; empty without it. Imports it only where nothing else tells."""
+    module = _LIBRARIES[target][0]
+    if stated := stated_library_version(target):
+        return stated
     if not has_module(module):
         return ""
     try:

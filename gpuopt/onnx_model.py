@@ -344,6 +344,28 @@ def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]
 
     The weights' values are not looked at, but those that may state shapes, sizes or scales are.
     """
+    inferred = _inferred_without_weights(model, inputs)
+    if inferred is None:
+        return {}
+    found = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for value in [*inferred.value_info, *inferred.input, *inferred.output]:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[value.name] = tuple(dim.dim_value for dim in dims)
+    return found
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The ONNX data type of every tensor of the main graph that is stated or that onnx can infer."""
+    found = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    inferred = _inferred_without_weights(model, {})
+    for value in [*inferred.value_info, *inferred.input, *inferred.output] if inferred is not None else []:
+        found[value.name] = value.type.tensor_type.elem_type
+    found.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    return {name: kind for name, kind in found.items() if kind != TensorProto.UNDEFINED}
+
+
+def _inferred_without_weights(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto | None:
     graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node)
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) <= _MOST_VALUES_OF_A_SHAPE:
@@ -361,15 +383,9 @@ def concrete_shapes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]
     small = helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions)
     small.ir_version = model.ir_version
     try:
-        inferred = onnx.shape_inference.infer_shapes(small, data_prop=True).graph
+        return onnx.shape_inference.infer_shapes(small, data_prop=True).graph
     except onnx.shape_inference.InferenceError:
-        return {}
-    found = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    for value in [*inferred.value_info, *inferred.input, *inferred.output]:
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            found[value.name] = tuple(dim.dim_value for dim in dims)
-    return found
+        return None
 
 
 def kernel_shapes_stated(model: onnx.ModelProto) -> None:

@@ -350,7 +350,9 @@ class SpeedSection(Section):
 class BenchmarkSection(Section):
     """Latency and throughput of what was built, measured after it was verified."""
 
-    enabled: Literal["auto", "on", "off"] = Field("auto", description="auto: where a gate needs it.")
+    enabled: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)] = Field(
+        "auto", description="auto: where a gate needs it."
+    )
     seconds: float = Field(2.0, gt=0, description="Measured for, of each file.")
     cuda_graph: bool = Field(True, description="Engines run as a CUDA graph.")
 

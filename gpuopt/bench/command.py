@@ -38,6 +38,7 @@ class Request:
         trust: what the engines may run on the CPU; None: nothing.
         baselines: beginnings of the names of those wanted; empty: all.
         baseline_python: the interpreter for the baselines; None: this one.
+        public_key: whose signature the bundle has to bear; None: no matter.
     """
 
     subject: Path
@@ -49,6 +50,7 @@ class Request:
     trust: Trust | None = None
     baselines: tuple[str, ...] = ()
     baseline_python: Path | None = None
+    public_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
 
     Raises:
         UsageError: the subject is neither a bundle nor an engine, or a group is unknown.
+        SignatureError: it is not signed as it has to be.
         StorageError, EngineError: it is damaged, or belongs elsewhere.
         RequirementError: an engine without a bundle, and nothing here to run it.
     """
@@ -71,7 +74,9 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
     if unknown:
         raise UsageError(f"there is no group '{unknown[0]}'", f"Groups: {', '.join(GROUPS)}.")
     kinds = baselines.kinds(request.baselines)
-    found = _find(request.subject)
+    found = _find(request.subject, request.public_key)
+    if request.beside is not None and request.public_key is not None:
+        bundle.open_subject(request.beside, request.public_key)
     rows: list[Row] = []
     warnings: list[str] = []
     memory: dict[str, object] = {}
@@ -130,9 +135,9 @@ def write(report: BenchReport, path: Path) -> None:
     write_text(path, report.model_dump_json(indent=2) + "\n")
 
 
-def _find(subject: Path) -> _Found:
+def _find(subject: Path, public_key: str | None) -> _Found:
+    bundle.open_subject(subject, public_key)
     if subject.is_dir():
-        bundle.open_bundle(subject)
         engine = next((subject / name for name in _ENGINES if (subject / name).is_file()), None)
         return _Found(engine, subject, reference.load(subject / "reference"))
     if subject.suffix == ".engine" and subject.is_file():

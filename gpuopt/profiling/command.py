@@ -58,15 +58,22 @@ class ProfileReport(BaseModel):
 
 
 def profile(
-    subject: Path, iterations: int, command: Sequence[str], progress: Progress, trust: Trust | None = None
+    subject: Path,
+    iterations: int,
+    command: Sequence[str],
+    progress: Progress,
+    trust: Trust | None = None,
+    public_key: str | None = None,
 ) -> ProfileReport:
     """Time every layer of an engine; of a bundle whose engine cannot run here, every node in ONNX Runtime.
 
     Raises:
         UsageError: the subject is neither a bundle nor an engine.
+        SignatureError: it does not bear the signature of `public_key`.
         StorageError, EngineError: it is damaged, or belongs elsewhere.
         RequirementError: a package is missing.
     """
+    bundle.open_subject(subject, public_key)
     warnings: list[str] = []
     engine, folder = _find(subject)
     peak = None
@@ -205,7 +212,6 @@ def _lines(report: ProfileReport, by_time: bool) -> Iterator[str]:
 def _find(subject: Path) -> tuple[Path | None, Path | None]:
     """The engine and the bundle's folder."""
     if subject.is_dir():
-        bundle.open_bundle(subject)
         return next((subject / name for name in _ENGINES if (subject / name).is_file()), None), subject
     if subject.suffix == ".engine" and subject.is_file():
         return subject, None

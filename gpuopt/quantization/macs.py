@@ -10,11 +10,15 @@ import numpy as np
 import onnx
 
 from gpuopt import onnx_model, reference
-from gpuopt.backends.onnxruntime import Session
 from gpuopt.reference import Feed
 from gpuopt.shapes import Shape
 
 COUNTED_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+INTEGER_OPERATORS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
+"""The same in ONNX Runtime's operators on integers, which no graph that gpuopt counts for itself has."""
+
+_WEIGHT_BEHIND_SCALES = ("QLinearConv", "QLinearMatMul", "QGemm")
 
 
 def count(model: onnx.ModelProto, feed: Feed | None, scratch: Path) -> dict[str, int]:
@@ -37,7 +41,7 @@ def count(model: onnx.ModelProto, feed: Feed | None, scratch: Path) -> dict[str,
     needed = dict.fromkeys(name for node in nodes for name in (*node.input[:2], node.output[0]) if name not in shapes)
     if needed and feed is not None:
         shapes.update(_observed(model, list(needed), feed, scratch))
-    return {node.name: _of_node(node, shapes) for node in nodes}
+    return {node.name: of_node(node, shapes) or 0 for node in nodes}
 
 
 def of_reference(model: onnx.ModelProto, stored: reference.Reference | None, scratch: Path) -> dict[str, int]:
@@ -67,17 +71,24 @@ def _input_shapes(model: onnx.ModelProto, feed: Feed | None) -> dict[str, Shape]
 def _observed(model: onnx.ModelProto, names: Sequence[str], feed: Feed, scratch: Path) -> dict[str, Shape]:
     """The shapes that these tensors have in one run."""
     watched = onnx_model.watching(model, names)
+    # Imported here: counting without a run needs no ONNX Runtime.
+    from gpuopt.backends.onnxruntime import Session
+
     values = Session(onnx_model.save(watched, scratch), optimization="basic").run(feed, names)
     return {name: tuple(value.shape) for name, value in values.items()}
 
 
-def _of_node(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
-    data, weight, made = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
-    if data is None or weight is None or made is None:
-        return 0
-    if node.op_type == "Conv":
+def of_node(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+    """Multiply-accumulates of one node of `COUNTED_OPERATORS` or `INTEGER_OPERATORS`; None where a shape is missing."""
+    second = 3 if node.op_type in _WEIGHT_BEHIND_SCALES else 1
+    if len(node.input) <= second or not node.output:
+        return None
+    data, weight, made = (shapes.get(name) for name in (node.input[0], node.input[second], node.output[0]))
+    if not data or not weight or made is None:
+        return None
+    if node.op_type in ("Conv", "QLinearConv", "ConvInteger"):
         return math.prod(made) * math.prod(weight[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(data) * math.prod(weight[1:])
-    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
+    transposed = node.op_type in ("Gemm", "QGemm") and any(a.name == "transA" and a.i for a in node.attribute)
     return math.prod(made) * (data[0] if transposed else data[-1])

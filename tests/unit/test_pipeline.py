@@ -86,12 +86,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "build.timing_iterations": (4, "build"),
     "build.tactic_sources": (["JIT_CONVOLUTIONS"], "build"),
     "build.auxiliary_streams": (2, "build"),
-    "build.version_compatible": (True, "build"),
+    "build.version_compatible": (True, "build benchmark"),
     "build.hardware_compatibility": ("ampere+", "build"),
     "build.refit": (True, "build"),
     "build.strip_weights": (True, "build"),
     "build.weight_streaming": (True, "build"),
-    "build.plugins": (["libplugin.so"], "build"),
+    "build.plugins": (["libplugin.so"], "build benchmark"),
     "build.dla_core": (0, "build"),
     "build.tf32": (False, "build"),
     "build.sparsity": (True, "build"),
@@ -106,6 +106,17 @@ KEYS: dict[str, tuple[Any, str]] = {
     "speed.check": (False, ""),
     "speed.mixed": (False, ""),
     "speed.seconds": (1.0, ""),
+    "benchmark.enabled": ("off", ""),
+    "benchmark.seconds": (1.0, "benchmark"),
+    "benchmark.cuda_graph": (False, "benchmark"),
+    "gates.mode": ("warn", ""),
+    "gates.max_latency_ms": ({"gates.max_latency_ms": {"p99": 5}}, ""),
+    "gates.max_latency_vs_fp16": (1.0, ""),
+    "gates.min_throughput": (1.0, ""),
+    "gates.max_engine_size": ("1GiB", ""),
+    "gates.max_device_memory": ("1GiB", ""),
+    "gates.max_build_seconds": (60.0, ""),
+    "gates.max_calibration_warnings": (0, ""),
     "output.directory": ("elsewhere", ""),
 }
 
@@ -138,6 +149,7 @@ def recipe(changes: dict[str, Any]) -> Recipe:
         "calibrate.data": "data.npz",
         "accuracy.max_drop": 0.01,
         "build.target": ["tensorrt-rtx", "onnxruntime"],
+        "benchmark.enabled": "on",
     }
     for key, value in {**base, **changes}.items():
         set_value(tree, key, value)

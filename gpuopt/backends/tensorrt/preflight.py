@@ -38,17 +38,24 @@ def check_file(path: Path, record: EngineRecord) -> None:
     """
     with storage_errors("read", path):
         size = path.stat().st_size
-        if size != record.size_bytes:
-            raise EngineError(
-                f"{path.name} has {size} bytes, its record says {record.size_bytes}: the file was cut off or replaced",
-                "Copy the engine and its record again.",
-            )
-        found = sha256_file(path)
-    if found != record.sha256:
-        raise EngineError(
-            f"{path.name} was changed: SHA-256 {found[:12]}..., its record says {record.sha256[:12]}...",
+        problem = file_problem(path.name, record, size, sha256_file(path) if size == record.size_bytes else "")
+    if problem is not None:
+        raise problem
+
+
+def file_problem(name: str, record: EngineRecord, size_bytes: int, sha256: str) -> EngineError | None:
+    """In what a file of this size and hash is not the one that the record describes; None if it is that."""
+    if size_bytes != record.size_bytes:
+        return EngineError(
+            f"{name} has {size_bytes} bytes, its record says {record.size_bytes}: the file was cut off or replaced",
+            "Copy the engine and its record again.",
+        )
+    if sha256 != record.sha256:
+        return EngineError(
+            f"{name} was changed: SHA-256 {sha256[:12]}..., its record says {record.sha256[:12]}...",
             "An engine is executable code: copy it again from where it was built.",
         )
+    return None
 
 
 def check_machine(record: EngineRecord, here: Here) -> None:
@@ -57,49 +64,62 @@ def check_machine(record: EngineRecord, here: Here) -> None:
     Raises:
         EngineError: the first that is not.
     """
-    _check_library(record, here)
-    _check_gpu(record, here)
-    if record.driver_version and _number(here.driver_version) < _number(record.driver_version):
-        raise EngineError(
-            f"{record.file} was built with a driver for CUDA {record.driver_version}, "
-            f"the one here is for CUDA {here.driver_version}",
-            f"Update the NVIDIA driver. {_AGAIN}",
-        )
+    problems = (
+        library_problem(record, here.library_version),
+        gpu_problem(record, here.gpu, here.compute_capability),
+        driver_problem(record, here.driver_version),
+    )
+    for problem in problems:
+        if problem is not None:
+            raise problem
 
 
-def _check_library(record: EngineRecord, here: Here) -> None:
-    built, present = _number(record.library_version), _number(here.library_version)
+def library_problem(record: EngineRecord, version: str) -> EngineError | None:
+    """What is wrong with the library here; None if nothing is."""
+    built, present = _number(record.library_version), _number(version)
     name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[record.target]
     if built[:3] == present[:3]:
-        return
-    if record.version_compatible and built[0] == present[0] and present >= built:
-        return
-    raise EngineError(
-        f"{record.file} was built with {name} {record.library_version}, {here.library_version} is installed",
+        return None
+    if record.version_compatible and built[:1] == present[:1] and present >= built:
+        return None
+    return EngineError(
+        f"{record.file} was built with {name} {record.library_version}, {version} is installed",
         f"{_AGAIN} build.version_compatible makes engines for later minor releases, too.",
     )
 
 
-def _check_gpu(record: EngineRecord, here: Here) -> None:
-    capability, built = _number(here.compute_capability), record.compute_capabilities
+def gpu_problem(record: EngineRecord, gpu: str, compute_capability: str) -> EngineError | None:
+    """What is wrong with the GPU here; None if nothing is."""
+    capability, built = _number(compute_capability), record.compute_capabilities
     if record.target == "tensorrt-rtx":
         # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html
         supported = capability in ((8, 0), (8, 6), (8, 9)) or capability >= (10, 0)
         if not supported:
-            raise EngineError(
-                f"TensorRT-RTX does not run on {here.gpu} (compute capability {here.compute_capability})",
+            return EngineError(
+                f"TensorRT-RTX does not run on {gpu} (compute capability {compute_capability})",
                 "Build for target tensorrt there.",
             )
     if record.hardware_compatibility == "ampere+":
         fits, told = capability >= (8, 0), "8.0 and newer"
     else:
-        fits, told = not built or here.compute_capability in built, ", ".join(built)
+        fits, told = not built or compute_capability in built, ", ".join(built)
     if fits:
-        return
-    raise EngineError(
-        f"{record.file} was built for compute capability {told}, {here.gpu} has {here.compute_capability}",
+        return None
+    return EngineError(
+        f"{record.file} was built for compute capability {told}, {gpu} has {compute_capability}",
         _AGAIN,
     )
+
+
+def driver_problem(record: EngineRecord, version: str) -> EngineError | None:
+    """What is wrong with the driver here, by the CUDA version that it supports; None if nothing is."""
+    if record.driver_version and _number(version) < _number(record.driver_version):
+        return EngineError(
+            f"{record.file} was built with a driver for CUDA {record.driver_version}, "
+            f"the one here is for CUDA {version}",
+            f"Update the NVIDIA driver. {_AGAIN}",
+        )
+    return None
 
 
 def _number(version: str) -> tuple[int, ...]:
