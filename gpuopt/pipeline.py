@@ -241,6 +241,7 @@ class Runner:
         self._artifacts: dict[str, Artifact] = {}
         self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
+        self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
@@ -276,6 +277,28 @@ class Runner:
     def artifact(self, kind: str, target: str = "") -> Artifact | None:
         """The newest artifact of a kind, or a target's own."""
         return (self._of_target.get(target, {}) if target else self._artifacts).get(kind)
+
+    def file_sha256(self, path: Path) -> str:
+        """SHA-256 of a file of data, read once in a run."""
+        if path not in self._file_hashes:
+            self._file_hashes[path] = sha256_file(path)
+        return self._file_hashes[path]
+
+    def packages(self) -> dict[str, str]:
+        """Versions of the distributions that took part in the finished steps."""
+        names = {
+            package
+            for result in self.results
+            for package in result.step.stage.packages
+            if package not in environment.ENGINE_PACKAGES.values()
+            or package == environment.ENGINE_PACKAGES.get(result.step.target)
+        }
+        versions = {name: environment.version_of(name) for name in sorted(names)}
+        return {name: version for name, version in versions.items() if version}
+
+    def sources(self) -> set[str]:
+        """What the finished steps read beside artifacts: `model`, `data`, `evaluation`, `metric`."""
+        return {source for result in self.results for source in result.step.stage.sources}
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
@@ -465,7 +488,7 @@ class Runner:
         if files is None:
             return None
         with storage_errors("read", Path(data)):
-            return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
+            return sha256_json([[os.path.relpath(file, data), self.file_sha256(file)] for file in files])
 
 
 def _build_machine(recipe: Recipe) -> dict[str, str]:
