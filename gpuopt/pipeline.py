@@ -293,8 +293,13 @@ class Runner:
             if package not in environment.ENGINE_PACKAGES.values()
             or package == environment.ENGINE_PACKAGES.get(result.step.target)
         }
-        versions = {name: environment.version_of(name) for name in sorted(names)}
-        return {name: version for name, version in versions.items() if version}
+        versions = {name: environment.version_of(name) for name in names}
+        for result in self.results:
+            # A TensorRT that did not come as a distribution is known by the engines that it built.
+            name = environment.ENGINE_PACKAGES.get(result.step.target)
+            if name is not None and result.step.stage.name == "build" and not versions.get(name):
+                versions[name] = result.entry.facts["library_version"]
+        return {name: version for name, version in sorted(versions.items()) if version}
 
     def sources(self) -> set[str]:
         """What the finished steps read beside artifacts: `model`, `data`, `evaluation`, `metric`."""

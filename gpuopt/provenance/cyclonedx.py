@@ -125,7 +125,7 @@ def _machine(origin: Origin) -> list[dict[str, str]]:
     for number, gpu in enumerate(environment["gpus"]):
         named[f"gpu:{number}:name"] = gpu["name"]
         named[f"gpu:{number}:compute capability"] = gpu["compute_capability"]
-        named[f"gpu:{number}:driver's CUDA version"] = gpu.get("driver_version") or None
+        named[f"gpu:{number}:CUDA driver version"] = gpu.get("driver_version") or None
         named[f"gpu:{number}:memory in bytes"] = gpu.get("total_bytes") or None
     return _properties(named)
 

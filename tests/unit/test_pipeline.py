@@ -13,11 +13,20 @@ from onnx import helper
 
 from gpuopt import environment
 from gpuopt.artifact import Artifact
-from gpuopt.cache import Cache
+from gpuopt.cache import Cache, Entry
 from gpuopt.compile import with_defaults
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError, PrecisionError, UsageError
-from gpuopt.pipeline import Runner, check_engine_graph, check_provable, check_request, plan
+from gpuopt.pipeline import (
+    STAGES,
+    Runner,
+    Step,
+    StepResult,
+    check_engine_graph,
+    check_provable,
+    check_request,
+    plan,
+)
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
 
@@ -224,3 +233,16 @@ def test_ranges_without_samples_are_told_before_the_export(wanted: dict[str, Any
     chosen = recipe({"calibrate.data": None, "calibrate.ranges": "ranges.json", **wanted})
     with pytest.raises(DataError, match="no samples to measure"):
         check_request(chosen, builds=False)
+
+
+def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    found = {"onnx": "1.20", "torch": "2.8.0", "tensorrt-rtx-cu13": "1.4", "numpy": "2.0", "tensorrt": None}
+    monkeypatch.setattr(environment, "version_of", found.get)
+    runner = Runner(recipe({}), Cache(here / "cache"), Silent(), "run")
+    stages = {stage.name: stage for stage in reversed(STAGES)}
+    for name, target in (("calibrate", ""), ("build", "tensorrt")):
+        entry = Entry({}, {"library_version": "8.5.3.1"} if target else {}, (), 0.0)
+        runner.results.append(StepResult(Step(stages[name], target), entry, False, ""))
+    # torch is there and did nothing; TensorRT is there without a distribution; TensorRT-RTX was not asked for.
+    assert runner.packages() == {"numpy": "2.0", "onnx": "1.20", "tensorrt": "8.5.3.1"}
+    assert runner.sources() == {"data"}
