@@ -87,7 +87,8 @@ SCRIPTS = scripts()
 
 def test_the_workflow_has_the_form_that_github_documents() -> None:
     document = github()
-    assert set(document) <= {"name", "on", "permissions", "concurrency", "env", "jobs"}
+    assert set(document) <= {"name", "on", "permissions", "concurrency", "defaults", "env", "jobs"}
+    assert document["defaults"] == {"run": {"shell": "bash"}}, "without it there is no pipefail"
     for name, job in document["jobs"].items():
         assert {"runs-on", "steps", "permissions", "timeout-minutes"} <= set(job), name
         needs = job.get("needs", [])
