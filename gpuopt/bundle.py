@@ -7,6 +7,8 @@ calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner
 recipe.yaml                   the resolved recipe
 report.json, report.md        what happened
+provenance.cdx.json           where it comes from: CycloneDX
+provenance.intoto.json        the same as an in-toto statement: SLSA provenance
 manifest.json                 SHA-256 of every file above, tools, machine, command line
 manifest.json.minisig         a signature over the manifest, if whoever ships the bundle made one; see gpuopt.signature
 """

@@ -29,6 +29,17 @@ from gpuopt.pipeline import (
 )
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
+from gpuopt.provenance import cyclonedx, slsa
+from gpuopt.provenance.origin import (
+    CYCLONEDX_FILE,
+    MATERIALS_KEY,
+    STATEMENT_FILE,
+    Origin,
+    hashes_of,
+    materials_of,
+    materials_to_json,
+    text_hashes,
+)
 from gpuopt.recipe import Recipe, load, resolve
 from gpuopt.report.documents import documents
 from gpuopt.report.model import (
@@ -488,8 +499,27 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         ],
         "environment": report.environment,
     }
+    if runner is not None and report.status == "passed":
+        materials = materials_of(recipe, runner.sources(), runner.file_sha256)
+        about[MATERIALS_KEY] = materials_to_json(materials)
+        origin = Origin(
+            command="compile",
+            files=hashes_of(files),
+            records=text_hashes({"recipe.yaml": texts["recipe.yaml"]}),
+            made=set(files),
+            materials=materials,
+            packages=runner.packages(),
+            recipe=recipe,
+            report=report,
+        )
+        texts.update(provenance(origin))
     bundle.check_destination(destination)
     bundle.write(destination, files, texts, about)
+
+
+def provenance(origin: Origin) -> dict[str, str]:
+    """The documents that say where a bundle comes from, by name."""
+    return {CYCLONEDX_FILE: cyclonedx.render(origin), STATEMENT_FILE: slsa.render(origin)}
 
 
 def failure_of(error: GpuoptError | None, stage: str | None) -> Failure | None:

@@ -35,6 +35,9 @@ _LIBRARIES = {
 }
 """The Python module of a target, and the distributions it comes in."""
 
+ENGINE_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+"""The distribution that builds and runs a target's engines."""
+
 _INSTALL = {
     "torch": "pip install torch",
     "onnxscript": "pip install onnxscript",

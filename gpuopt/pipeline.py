@@ -257,6 +257,7 @@ class Runner:
         self._artifacts: dict[str, Artifact] = {}
         self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
+        self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
@@ -292,6 +293,33 @@ class Runner:
     def artifact(self, kind: str, target: str = "") -> Artifact | None:
         """The newest artifact of a kind, or a target's own."""
         return (self._of_target.get(target, {}) if target else self._artifacts).get(kind)
+
+    def file_sha256(self, path: Path) -> str:
+        """SHA-256 of a file of data, read once in a run."""
+        if path not in self._file_hashes:
+            self._file_hashes[path] = sha256_file(path)
+        return self._file_hashes[path]
+
+    def packages(self) -> dict[str, str]:
+        """Versions of the distributions that took part in the finished steps."""
+        names = {
+            package
+            for result in self.results
+            for package in result.step.stage.packages
+            if package not in environment.ENGINE_PACKAGES.values()
+            or package == environment.ENGINE_PACKAGES.get(result.step.target)
+        }
+        versions = {name: environment.version_of(name) for name in names}
+        for result in self.results:
+            # A TensorRT that did not come as a distribution is known by the engines that it built.
+            name = environment.ENGINE_PACKAGES.get(result.step.target)
+            if name is not None and result.step.stage.name == "build" and not versions.get(name):
+                versions[name] = result.entry.facts["library_version"]
+        return {name: version for name, version in sorted(versions.items()) if version}
+
+    def sources(self) -> set[str]:
+        """What the finished steps read beside artifacts: `model`, `data`, `evaluation`, `metric`."""
+        return {source for result in self.results for source in result.step.stage.sources}
 
     def _run_step(self, step: Step, worker: Worker) -> StepResult:
         parts = self._parts(step)
@@ -483,7 +511,7 @@ class Runner:
         if files is None:
             return None
         with storage_errors("read", Path(data)):
-            return sha256_json([[os.path.relpath(file, data), sha256_file(file)] for file in files])
+            return sha256_json([[os.path.relpath(file, data), self.file_sha256(file)] for file in files])
 
 
 def _build_machine(recipe: Recipe) -> dict[str, str]:

@@ -22,12 +22,24 @@ from gpuopt.compile import (
     engine_reports,
     failure_of,
     now,
+    provenance,
     stage_reports,
     verdict,
 )
 from gpuopt.errors import GpuoptError, UsageError
 from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
 from gpuopt.progress import Progress
+from gpuopt.provenance.origin import (
+    CYCLONEDX_FILE,
+    MATERIALS_KEY,
+    STATEMENT_FILE,
+    Origin,
+    hashes_of,
+    materials_from_manifest,
+    materials_to_json,
+    plugins_of,
+    text_hashes,
+)
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
 from gpuopt.report.documents import documents
 from gpuopt.report.model import Report
@@ -205,10 +217,13 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
         "recipe.yaml": recipe.to_yaml(),
         **documents(report),
     }
-    files = {name: folder / name for name in manifest["files"] if name not in texts}
+    written = {*texts, CYCLONEDX_FILE, STATEMENT_FILE}
+    files = {name: folder / name for name in manifest["files"] if name not in written}
+    made: dict[str, Path] = {}
     for result in runner.results:
         if result.step.stage.name == "build":
-            files.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
+            made.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
+    files.update(made)
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
     kept = ("target", "file", "library_version", "compute_capabilities", "note")
     about.update(
@@ -218,4 +233,19 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
         targets=[engine.model_dump(mode="json", include=set(kept)) for engine in report.engines],
         environment=report.environment,
     )
+    # Plugins are named anew for each build; of all else the compilation knew.
+    before = (material for material in materials_from_manifest(manifest) if material.role != "plugin")
+    materials = (*before, *plugins_of(recipe))
+    about[MATERIALS_KEY] = materials_to_json(materials)
+    origin = Origin(
+        command="build",
+        files=hashes_of(files),
+        records=text_hashes({"recipe.yaml": texts["recipe.yaml"]}),
+        made=set(made),
+        materials=materials,
+        packages=runner.packages(),
+        recipe=recipe,
+        report=report,
+    )
+    texts.update(provenance(origin))
     bundle.write(folder, files, texts, about)

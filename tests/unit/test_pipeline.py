@@ -13,11 +13,20 @@ from onnx import helper
 
 from gpuopt import environment
 from gpuopt.artifact import Artifact
-from gpuopt.cache import Cache
+from gpuopt.cache import Cache, Entry
 from gpuopt.compile import with_defaults
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError, PrecisionError, UsageError
-from gpuopt.pipeline import Runner, check_engine_graph, check_provable, check_request, plan
+from gpuopt.pipeline import (
+    STAGES,
+    Runner,
+    Step,
+    StepResult,
+    check_engine_graph,
+    check_provable,
+    check_request,
+    plan,
+)
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
 
@@ -52,7 +61,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     # QOperator has no graph for engines, of which `verify` is told.
     "quantize.format": (
         {"quantize.format": "qoperator", "build.target": ["onnxruntime"]},
-        f"calibrate {_PLACEMENT} verify",
+        f"calibrate {_PLACEMENT} verify benchmark",
     ),
     "quantize.quantizer": (
         {"quantize.quantizer": "tensorrt", "accuracy.max_drop": None, "build.target": ["tensorrt", "onnxruntime"]},
@@ -77,7 +86,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "cast.op_types_to_keep": (["Add"], "cast build"),
     "cast.nodes_to_keep": (["a"], "cast build"),
     "build.target": (["tensorrt", "onnxruntime"], ""),
-    "build.enabled": (False, ""),
+    # Without an engine there is none to measure.
+    "build.enabled": (False, "benchmark"),
     "build.compute_capability": (["8.9"], "build"),
     "build.optimization_level": (3, "build"),
     "build.workspace": (1 << 26, "build"),
@@ -210,8 +220,9 @@ def test_an_engine_and_its_proof_depend_on_gpu_and_driver(
     for gpu in (Gpu("NVIDIA L40S", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "12.4"), Gpu("NVIDIA L40", "8.9", "13.0")):
         monkeypatch.setattr(environment, "gpus", lambda gpu=gpu: [gpu])
         found.append(keys(chosen, here))
+    expected = {f"{stage} {target}" for stage in ("build", "prove", "benchmark")}
     for before, after in pairwise(found):
-        assert {label for label in before if before[label] != after[label]} == {f"build {target}", f"prove {target}"}
+        assert {label for label in before if before[label] != after[label]} == expected
 
 
 def test_a_demanded_share_can_be_shown_where_every_engine_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +247,16 @@ def test_ranges_without_samples_are_told_before_the_export(wanted: dict[str, Any
     chosen = recipe({"calibrate.data": None, "calibrate.ranges": "ranges.json", **wanted})
     with pytest.raises(DataError, match="no samples to measure"):
         check_request(chosen, builds=False)
+
+
+def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    found = {"onnx": "1.20", "torch": "2.8.0", "tensorrt-rtx-cu13": "1.4", "numpy": "2.0", "tensorrt": None}
+    monkeypatch.setattr(environment, "version_of", found.get)
+    runner = Runner(recipe({}), Cache(here / "cache"), Silent(), "run")
+    stages = {stage.name: stage for stage in reversed(STAGES)}
+    for name, target in (("calibrate", ""), ("build", "tensorrt")):
+        entry = Entry({}, {"library_version": "8.5.3.1"} if target else {}, (), 0.0)
+        runner.results.append(StepResult(Step(stages[name], target), entry, False, ""))
+    # torch is there and did nothing; TensorRT is there without a distribution; TensorRT-RTX was not asked for.
+    assert runner.packages() == {"numpy": "2.0", "onnx": "1.20", "tensorrt": "8.5.3.1"}
+    assert runner.sources() == {"data"}

@@ -1,0 +1,1 @@
+"""Where a bundle comes from, in two standard documents: pure functions that render what is known of a run."""
