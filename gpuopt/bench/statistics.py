@@ -165,23 +165,23 @@ def _resampled_percentiles(
     count = len(values)
     length = max(1, round(math.sqrt(count)))
     blocks = math.ceil(count / length)
-    # A column a draw: sums down the columns are quick.
-    begun = np.zeros((length + count, _DRAWS), np.int16)
-    draw = np.tile(np.arange(_DRAWS), blocks)
-    np.add.at(begun, (length + generator.integers(0, count, blocks * _DRAWS), draw), 1)
-    begun[:length] = begun[count:]
-    # Blocks begun up to each timing: a timing is in those that began among the `length` timings which end with it.
-    np.cumsum(begun, axis=0, out=begun)
+    starts = generator.integers(0, count, (blocks, _DRAWS))
     falling = np.argsort(-values, kind="stable")
     drawn = blocks * length
     found = {}
     for percent in percents:
-        # The percentile is so many timings below the largest one.
+        # The percentile is so many timings below the largest one, and seldom far from there in a draw.
         rank = drawn - math.ceil(percent / 100 * drawn) + 1
         for width in (min(count, 4 * rank), count):
             top = falling[:width]
-            above = np.cumsum(begun[top + length] - begun[top], axis=0, dtype=np.int32)
-            if above[-1].min() >= rank:
+            # By the block's first timing: how many of the largest, second largest, ... timings are in the block.
+            inside = np.zeros((count, width), np.int16)
+            inside[(top - np.arange(length)[:, None]) % count, np.arange(width)] = 1
+            np.cumsum(inside, axis=1, out=inside)
+            above = np.zeros((_DRAWS, width), np.int32)
+            for block in starts:
+                above += inside[block]
+            if above[:, -1].min() >= rank:
                 break
-        found[percent] = values[top[np.argmax(above >= rank, axis=0)]]
+        found[percent] = values[top[np.argmax(above >= rank, axis=1)]]
     return found

@@ -13,6 +13,7 @@ from gpuopt.errors import StorageError
 from gpuopt.report.model import BenchmarkReport, Estimate, Report
 from gpuopt.storage import storage_errors
 
+_MOST_TIMINGS = 2000
 _HINT = "Name a bundle, or a report.json that 'gpuopt compile' wrote."
 
 
@@ -38,6 +39,10 @@ def load(path: Path) -> Report:
     for benchmark in report.benchmarks:
         if not all(math.isfinite(value) and value > 0 for value in _measured(benchmark)):
             raise StorageError(f"{path} is damaged: the benchmark of {benchmark.target} has times that are none", _HINT)
+        if len(benchmark.timings_ms) > _MOST_TIMINGS:
+            raise StorageError(
+                f"{path} is damaged: the benchmark of {benchmark.target} has more than {_MOST_TIMINGS} timings", _HINT
+            )
     return report
 
 
