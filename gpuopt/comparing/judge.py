@@ -13,7 +13,7 @@ from gpuopt.comparing.differences import ALL, between
 from gpuopt.comparing.figures import Figure, Key
 from gpuopt.comparing.limits import Limits
 from gpuopt.comparing.model import Comparison, Difference, Row, Side, Verdict
-from gpuopt.comparing.words import change_text, limit_text, subject
+from gpuopt.comparing.words import change_text, clean, limit_text, subject
 from gpuopt.errors import ComparisonError, GpuoptError, RegressionError
 from gpuopt.report.model import Estimate, Failure, GateReport, Report
 
@@ -105,7 +105,7 @@ def rows_of(old: Report, new: Report, limits: Limits) -> list[Row]:
     for key in keys:
         one = before.get(key) or Figure(None, _why_absent(key, before))
         other = after.get(key) or Figure(None, _why_absent(key, after))
-        rows.append(_row(key, one, other, limits, spreads.get(key)))
+        rows.append(_row(key, one, other, limits, spreads.get((key.target, key.name))))
     return [*rows, *_gates(old, new), *_outcome(old, new)]
 
 
@@ -115,9 +115,9 @@ def _why_absent(key: Key, found: Iterable[Key]) -> str:
     return "no such figure"
 
 
-def _spreads(old: Report, new: Report) -> dict[Key, Ratio | str]:
-    """How many times as long or as much as before, with the interval, of what was timed; or why it is not known."""
-    found: dict[Key, Ratio | str] = {}
+def _spreads(old: Report, new: Report) -> dict[tuple[str, str], Ratio | str]:
+    """How many times as long or as much as before, with the interval, by target and name; or why it is not known."""
+    found: dict[tuple[str, str], Ratio | str] = {}
     for benchmark in new.benchmarks:
         earlier = figures.benchmark_of(old, benchmark.target)
         if earlier is None:
@@ -125,17 +125,18 @@ def _spreads(old: Report, new: Report) -> dict[Key, Ratio | str]:
         ratios = percentile_ratios(benchmark.timings_ms, earlier.timings_ms, figures.LATENCIES)
         fewest = min(len(benchmark.timings_ms), len(earlier.timings_ms))
         for percent in figures.LATENCIES:
-            key = Key(benchmark.target, benchmark.file, f"latency_p{percent}_ms")
             few = f"{fewest} timings are too few to tell its spread: {fewest_timings(percent)} are needed"
-            found[key] = ratios.get(percent, few)
-        one, other = earlier.throughput_samples_per_second, benchmark.throughput_samples_per_second
-        key = Key(benchmark.target, benchmark.file, "throughput_samples_per_second")
-        found[key] = Ratio(
-            other.value / one.value,
-            (other.value if other.low is None else other.low) / (one.value if one.high is None else one.high),
-            (other.value if other.high is None else other.high) / (one.value if one.low is None else one.low),
-        )
+            found[benchmark.target, f"latency_p{percent}_ms"] = ratios.get(percent, few)
+        rates = earlier.throughput_samples_per_second, benchmark.throughput_samples_per_second
+        found[benchmark.target, "throughput_samples_per_second"] = _ratio_of_rounds(*rates)
     return found
+
+
+def _ratio_of_rounds(old: Estimate, new: Estimate) -> Ratio | str:
+    """The ratio, from the lowest round over the highest to the highest over the lowest."""
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return "its spread was not measured"
+    return Ratio(new.value / old.value, new.low / old.high, new.high / old.low)
 
 
 def _row(key: Key, old: Figure, new: Figure, limits: Limits, spread: Ratio | str | None) -> Row:
@@ -288,7 +289,7 @@ def _refusal(differences: Sequence[Difference]) -> ComparisonError | None:
     aspects = " ".join(f"--allow-different {name}" for name in dict.fromkeys(d.aspect for d in found))
     kind = "speed" if first.target else "the models" if first.aspect == "model" else "the bundles"
     return ComparisonError(
-        f"{kind} cannot be compared: {first.what}{of}: OLD {first.old}, NEW {first.new}{more}",
+        clean(f"{kind} cannot be compared: {first.what}{of}: OLD {first.old}, NEW {first.new}{more}"),
         f"Compile both in the same way on the same machine, or compare all the same: {aspects}\n"
         f"(or --allow-different {ALL}).",
     )
@@ -306,7 +307,7 @@ def _unchecked(rows: Sequence[Row], limits: Limits) -> ComparisonError | None:
             row = next(iter(gaps or mine), None)
             why = f"{subject(row)}: {row.reason}" if row is not None else "neither report has such a figure"
             return ComparisonError(
-                f"{flag} cannot be checked: {why}",
+                clean(f"{flag} cannot be checked: {why}"),
                 "A limit that cannot be checked is not passed: measure both sides, or leave the flag out.",
             )
     return None
@@ -323,6 +324,6 @@ def _regression(rows: Sequence[Row]) -> RegressionError | None:
     allowed = f", {limit_text(first)} allowed" if first.flag else ""
     parts = [part for part in (f"{told}{allowed}" if told else "", first.reason) if part]
     return RegressionError(
-        f"{subject(first)} is worse: {'; '.join(parts)}{more}",
+        clean(f"{subject(first)} is worse: {'; '.join(parts)}{more}"),
         f"The answer shows every figure. To allow more: {first.flag}." if first.flag else "The answer shows the rest.",
     )

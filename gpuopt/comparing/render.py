@@ -9,6 +9,7 @@ from gpuopt.comparing.model import Comparison, Row, Side
 from gpuopt.comparing.words import (
     amount,
     change_text,
+    clean,
     conclusion,
     difference_text,
     limit_text,
@@ -66,23 +67,18 @@ def terminal(found: Comparison) -> str:
     lines = [f"{name}  {text}" for name, text in sides(found)]
     lines += [f"differs: {difference_text(difference)}" for difference in found.differences]
     table = [HEAD, *(cells(row) for row in found.rows)]
-    widths = [max(len(_clean(line[column])) for line in table) for column in range(len(HEAD))]
+    widths = [max(len(clean(line[column])) for line in table) for column in range(len(HEAD))]
     for heading, rows in groups(found):
         lines += ["", heading, *("  " + _aligned(line, widths) for line in (HEAD, *map(cells, rows)))]
     if found.rows:
         lines += ["", f"{title(found)}: {conclusion(found.rows)}"]
-    return "\n".join(map(_clean, lines))
+    return "\n".join(map(clean, lines))
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    sizes = list(zip(map(_clean, line), widths, strict=True))
+    sizes = list(zip(map(clean, line), widths, strict=True))
     texts = [text.ljust(w) if place in (0, 5) else text.rjust(w) for place, (text, w) in enumerate(sizes)]
     return "  ".join(texts).rstrip()
-
-
-def _clean(text: str) -> str:
-    """Without control characters: names come from files of others."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def markdown(found: Comparison) -> str:
@@ -115,7 +111,7 @@ def _marked(row: Row) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    text = _clean(text)
+    text = clean(text)
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")
     return text

@@ -95,3 +95,8 @@ def conclusion(rows: list[Row]) -> str:
     counts = [(sum(row.verdict == verdict for row in rows), verdict) for verdict in ("worse", "better", "same")]
     rest = sum(row.verdict == "not comparable" for row in rows)
     return ", ".join(f"{count} {verdict}" for count, verdict in counts) + f", {rest} not judged"
+
+
+def clean(text: str) -> str:
+    """Without control characters: names come from files of others."""
+    return "".join(character if character.isprintable() else "?" for character in text)

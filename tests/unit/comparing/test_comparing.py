@@ -202,6 +202,13 @@ def test_a_throughput_within_the_spread_of_its_rounds_is_not_worse() -> None:
     assert found.reason == "beyond the limit, but not by more than its spread"
 
 
+def test_speed_without_a_spread_is_not_judged() -> None:
+    alone = Estimate(value=4000, low=None, high=None)
+    answer = compared(report(benchmark(1)), report(benchmark(2, throughput_samples_per_second=alone)))
+    assert answer.error is None
+    assert row(answer, "throughput_samples_per_second").reason == "its spread was not measured"
+
+
 def test_exact_outputs_do_not_regress_into_rounding() -> None:
     assert compared(report(sqnr_db=None), report(sqnr_db=118.0)).error is None
     assert isinstance(compared(report(sqnr_db=None), report(sqnr_db=60.0)).error, RegressionError)
@@ -233,7 +240,10 @@ def test_a_run_that_failed_is_worse() -> None:
 def test_names_in_the_page_and_in_tables_are_escaped() -> None:
     name = "<script>alert('x')</script>|\x1b[31m**\n| a"
     old, new = report(output=name), report(output=name, sqnr_db=20.0)
-    found = compared(old, new).comparison
+    answer = compared(old, new)
+    assert answer.error is not None
+    assert "\x1b" not in answer.error.message
+    found = answer.comparison
     shown = page.page(found)
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
