@@ -81,6 +81,16 @@ class BiasCorrectionChoice(str, Enum):
     off = "off"
 
 
+class DifferenceChoice(str, Enum):
+    gpu = "gpu"
+    library = "library"
+    driver = "driver"
+    shapes = "shapes"
+    definition = "definition"
+    model = "model"
+    all = "all"
+
+
 _debug = False
 _answered = False
 
@@ -751,6 +761,74 @@ def check(
         _answer(found.model_dump_json(indent=2))
     elif not quiet:
         typer.echo(render.integrity(found))
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="Bundle folder, or a report.json of 'gpuopt compile'.")],
+    new: Annotated[Path, typer.Argument(help="The same of the new release.")],
+    max_p50_regress: Annotated[
+        str | None, typer.Option("--max-p50-regress", metavar="SHARE", help="Of latency. [default: 5%]")
+    ] = None,
+    max_p90_regress: Annotated[
+        str | None, typer.Option("--max-p90-regress", metavar="SHARE", help="Of latency. [default: 5%]")
+    ] = None,
+    max_p95_regress: Annotated[
+        str | None, typer.Option("--max-p95-regress", metavar="SHARE", help="Of latency. [default: 5%]")
+    ] = None,
+    max_p99_regress: Annotated[
+        str | None, typer.Option("--max-p99-regress", metavar="SHARE", help="Of latency. [default: 5%]")
+    ] = None,
+    max_throughput_regress: Annotated[
+        str | None, typer.Option("--max-throughput-regress", metavar="SHARE", help="[default: 5%]")
+    ] = None,
+    max_size_regress: Annotated[
+        str | None, typer.Option("--max-size-regress", metavar="SHARE", help="Of each file. [default: 10%]")
+    ] = None,
+    max_memory_regress: Annotated[
+        str | None, typer.Option("--max-memory-regress", metavar="SHARE", help="Of the device. [default: 10%]")
+    ] = None,
+    max_sqnr_drop: Annotated[
+        float | None, typer.Option("--max-sqnr-drop", metavar="DB", help="Of the worst corner. [default: 1]")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        str | None,
+        typer.Option("--max-accuracy-drop", metavar="SHARE", help="Of the metric, and of equal values. [default: 0]"),
+    ] = None,
+    allow_different: Annotated[
+        list[DifferenceChoice] | None,
+        typer.Option("--allow-different", help="Compare although this differs; repeatable."),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as Markdown, too.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as one HTML page, too.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Put two releases side by side; exit code 15 if the new one is worse."""
+    from gpuopt.comparing import command, render
+
+    given = {
+        "--max-p50-regress": max_p50_regress,
+        "--max-p90-regress": max_p90_regress,
+        "--max-p95-regress": max_p95_regress,
+        "--max-p99-regress": max_p99_regress,
+        "--max-throughput-regress": max_throughput_regress,
+        "--max-size-regress": max_size_regress,
+        "--max-memory-regress": max_memory_regress,
+        "--max-sqnr-drop": max_sqnr_drop,
+        "--max-accuracy-drop": max_accuracy_drop,
+    }
+    answer = command.compare(old, new, given, [choice.value for choice in allow_different or ()], sys.argv)
+    command.write(answer.comparison, output, markdown, html)
+    if as_json:
+        _answer(command.document(answer.comparison))
+    elif not quiet:
+        typer.echo(render.terminal(answer.comparison))
+    if answer.error is not None:
+        raise answer.error
 
 
 @app.command()
