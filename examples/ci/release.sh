@@ -22,7 +22,7 @@ Gates are arguments of gpuopt compile:
 Environment:
   GPUOPT             the command to run (default gpuopt)
   GPUOPT_CACHE_DIR   results of stages and timings of kernels: keep it between runs
-  MINISIGN_KEY       secret key file: the manifest, and with it every file, is signed: RELEASES/VERSION.minisig
+  MINISIGN_KEY       secret key file: the manifest, and with it every file, is signed, for `gpuopt check --public-key`
   MINISIGN_PASSWORD  of that key, if it has one
 
 The exit code is that of the first step that fails: gpuopt's own, as 8 for accuracy, 13 for speed, 14 for size, 15 for
@@ -67,7 +67,7 @@ version="${positional[2]}"
 # The version becomes the name of a folder: nothing that leads out of RELEASES, hides, or is one of the script's own.
 [[ "$version" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || refuse "'$version' is no name for a release"
 case "$version" in
-    current | *.failed | *.candidate | *.minisig | *.compare.md) refuse "'$version' is no name for a release" ;;
+    current | *.failed | *.candidate | *.compare.md) refuse "'$version' is no name for a release" ;;
 esac
 mkdir -p -- "$releases"
 # Absolute, so that no name can be taken for an option, and the script may be called from anywhere.
@@ -85,13 +85,14 @@ exec 9> "$releases/.lock"
 flock --nonblock 9 || refuse "another release is being made in $releases"
 
 # Whatever happens from here, an unfinished candidate does not stay, and current is not touched.
-trap 'rm -rf -- "$candidate" "$candidate.failed" "$release.minisig.new" "$releases/.current.new"' EXIT
+trap 'rm -rf -- "$candidate" "$candidate.failed" "$releases/.current.new"' EXIT
 rm -rf -- "$candidate" "$candidate.failed" "$release.failed"
 
-# Step 1: compile. gpuopt writes a bundle only if it passes all its gates, and the report of a failure beside it.
+# Step 1: compile. gpuopt writes a bundle only if it passes all its gates, and the report of a failure beside it. Speed
+# is measured also without a gate of speed: the next release is compared with this one.
 say "compiling $version"
 code=0
-"$gpuopt_command" compile "$@" --output "$candidate" -- "$model" || code=$?
+"$gpuopt_command" compile --benchmark "$@" --output "$candidate" -- "$model" || code=$?
 if [ "$code" -ne 0 ]; then
     if [ -d "$candidate.failed" ]; then mv -T -- "$candidate.failed" "$release.failed"; fi
     say "$version is not released: gpuopt compile ended with exit code $code; current stays"
@@ -120,12 +121,11 @@ fi
 if [ -n "${MINISIGN_KEY:-}" ]; then
     say "signing"
     printf '%s\n' "${MINISIGN_PASSWORD:-}" |
-        minisign -S -s "$MINISIGN_KEY" -m "$candidate/manifest.json" -x "$release.minisig.new" || code=$?
+        minisign -S -s "$MINISIGN_KEY" -m "$candidate/manifest.json" || code=$?
     if [ "$code" -ne 0 ]; then
         say "$version is not released: minisign ended with exit code $code; current stays"
         exit "$code"
     fi
-    mv -T -- "$release.minisig.new" "$release.minisig"
 fi
 
 # Step 4: publish. A rename is one step: who reads `current` finds the old release or the new one, never none.
