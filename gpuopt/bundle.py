@@ -6,7 +6,7 @@ model.<target>.engine         serialized engines, each with its record (.json): 
 calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner
 recipe.yaml                   the resolved recipe
-report.json, report.md        what happened
+report.html, .md, .json       what happened
 manifest.json                 SHA-256 of every file above, tools, machine, command line
 """
 

@@ -30,6 +30,8 @@ from gpuopt.pipeline import (
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, resolve
+from gpuopt.report.html import REPORT_HTML_FILE
+from gpuopt.report.html import render as render_html
 from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import EngineReport, Failure, ModelReport, Report, StageReport
 from gpuopt.storage import sha256_file, storage_errors
@@ -429,6 +431,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         "recipe.yaml": recipe.to_yaml(),
         bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
         "report.md": render_markdown(report),
+        REPORT_HTML_FILE: render_html(report),
     }
     about = {
         "gpuopt_version": report.gpuopt_version,

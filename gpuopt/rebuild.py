@@ -28,6 +28,8 @@ from gpuopt.errors import GpuoptError, UsageError
 from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
+from gpuopt.report.html import REPORT_HTML_FILE
+from gpuopt.report.html import render as render_html
 from gpuopt.report.markdown import render as render_markdown
 from gpuopt.report.model import Report
 from gpuopt.storage import storage_errors
@@ -187,6 +189,7 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
         "recipe.yaml": recipe.to_yaml(),
         bundle.REPORT_FILE: report.model_dump_json(indent=2) + "\n",
         "report.md": render_markdown(report),
+        REPORT_HTML_FILE: render_html(report),
     }
     files = {name: folder / name for name in manifest["files"] if name not in documents}
     for result in runner.results:
