@@ -67,7 +67,7 @@ class Browser:
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
         stream = io.BytesIO()
-        image.quantize(64, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
+        image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
         return stream.getvalue()
 
 
