@@ -6,7 +6,8 @@ model.<target>.engine         serialized engines, each with its record (.json): 
 calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner
 recipe.yaml                   the resolved recipe
-report.json, report.md        what happened
+report.html, .md, .json       what happened
+junit.xml                     its gates, for CI services
 provenance.cdx.json           where it comes from: CycloneDX
 provenance.intoto.json        the same as an in-toto statement: SLSA provenance
 manifest.json                 SHA-256 of every file above, tools, machine, command line

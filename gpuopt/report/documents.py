@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from gpuopt.report import junit, markdown
+from gpuopt.report import html, junit, markdown
 from gpuopt.report.model import Report
 
 REPORT_FILE = "report.json"
 
 
 def documents(report: Report) -> dict[str, str]:
-    """Content by name: JSON for programs, Markdown for people, JUnit for CI services."""
+    """Content by name: JSON for programs, Markdown and HTML for people, JUnit for CI services."""
     return {
         REPORT_FILE: report.model_dump_json(indent=2) + "\n",
         "report.md": markdown.render(report),
+        html.REPORT_HTML_FILE: html.render(report),
         "junit.xml": junit.render(report),
     }

@@ -219,7 +219,7 @@ def _precision(report: Report) -> str:
         lines += [f"Repaired: {line}." for line in quantized.get("repaired", [])]
     elif calibrated:
         lines.append(f"Calibration: {_method(report)}, {calibrated['tensors']} tensors; {calibrated['data']}.")
-    lines += _channels(report)
+    lines += channel_changes(report)
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
         lines.append(f"FP16: {cast['fp16_weights']} weights in FP16, {cast['fp32_weights']} in FP32{kept}.")
@@ -235,7 +235,7 @@ def _method(report: Report) -> str:
     return f"{chosen['method']} (auto; SQNR in dB on {chosen['samples']} samples: {figures})"
 
 
-def _channels(report: Report) -> list[str]:
+def channel_changes(report: Report) -> list[str]:
     """What equalisation and bias correction did, or why they did nothing."""
     equalized, corrected = report.facts("equalize"), report.facts("correct")
     lines = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from gpuopt import onnx_model, reference
 from gpuopt.artifact import StageOutcome
 from gpuopt.quantization import macs, sensitivity, variants
 from gpuopt.quantization.samples import open_samples
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
+
+_TOLD = ("rank", "position", "node", "op_type", "own_sqnr_db", "output_sqnr_db", "accumulated_sqnr_db", "macs_share")
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -45,5 +49,6 @@ def run(context: StageContext) -> StageOutcome:
         "resumed_nodes": resumed,
         "costliest": [layer.node for layer in found.layers[:3]],
         "whole_output_sqnr_db": measured.whole.output_sqnr_db,
+        "layers": [{key: value for key, value in asdict(layer).items() if key in _TOLD} for layer in found.layers],
     }
     return StageOutcome(facts)

@@ -98,6 +98,10 @@ def test_a_budget_keeps_the_hostile_layer_in_fp16_and_says_what_it_bought(compil
     text = (Path(result.report()["bundle"]) / "report.md").read_text()
     assert "## Fallen back to FP16\n\ntop-1 accuracy over 200 samples" in text
     assert f"1. `{HOSTILE}`" in text
+    page = (Path(result.report()["bundle"]) / "report.html").read_text()
+    assert f"<li><code>{HOSTILE}</code></li>" in page
+    assert "What each layer costs in INT8" in page
+    assert facts(result, "analyze")["layers"][0]["node"] == HOSTILE
     # The bundle's recipe asks for the same.
     assert "max_drop: 0.08" in (Path(result.report()["bundle"]) / "recipe.yaml").read_text()
     # Only what the budget decides runs again for another one.

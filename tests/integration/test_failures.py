@@ -74,6 +74,7 @@ def test_calibration_data_of_a_wrong_shape(gpuopt: Gpuopt, project: Path) -> Non
     assert f"report: {project}/model.gpuopt.failed/report.md" in result.stderr
     report = json.loads((project / "model.gpuopt.failed/report.json").read_text())
     assert (report["status"], report["error"]["kind"], report["error"]["exit_code"]) == ("failed", "data", 4)
+    assert "Data error in stage" in (project / "model.gpuopt.failed/report.html").read_text()
 
 
 def test_nan_in_the_calibration_data(gpuopt: Gpuopt, project: Path) -> None:

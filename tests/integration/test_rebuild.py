@@ -70,10 +70,10 @@ def test_what_the_compilation_found_stays_in_the_report(gpuopt: Gpuopt, project:
     report["warnings"].append(stays)
     old = next(s for s in report["stages"] if s["name"] == "build")
     report["stages"].append({**old, "target": "tensorrt", "warnings": [stays]})
-    files = {name: folder / name for name in manifest["files"] if name not in ("report.json", "report.md")}
+    files = {name: folder / name for name in manifest["files"] if not name.startswith("report.")}
     files["model.tensorrt.engine"] = folder / report["engines"][0]["file"]
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
-    bundle.write(folder, files, {"report.json": json.dumps(report), "report.md": ""}, about)
+    bundle.write(folder, files, {"report.json": json.dumps(report), "report.md": "", "report.html": ""}, about)
 
     result = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json")
     assert result.code == 0, result.stderr
@@ -86,6 +86,7 @@ def test_what_the_compilation_found_stays_in_the_report(gpuopt: Gpuopt, project:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["build"]["target"] == ["tensorrt-rtx", "tensorrt", "onnxruntime"]
     assert (folder / "model.tensorrt.engine").is_file()
+    assert built["created"] in (folder / "report.html").read_text()
 
 
 def test_a_graph_for_tensorrt_8_is_refused_by_tensorrt_rtx(gpuopt: Gpuopt, project: Path) -> None:
