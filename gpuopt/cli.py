@@ -583,8 +583,11 @@ def build(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of build or verify: build.workspace=4GiB."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of build, verify, benchmark or gates: build.workspace=4GiB."
+        ),
     ] = None,
+    public_key: PublicKeyOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -596,7 +599,7 @@ def build(
     from gpuopt.rebuild import build_bundle
 
     with request.open_cache(cache_dir, no_cache) as cache:
-        outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv)
+        outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 
 

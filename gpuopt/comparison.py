@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,32 +11,15 @@ import numpy.typing as npt
 
 from gpuopt import reference
 from gpuopt.reference import Reference
+from gpuopt.tolerance import Limits, problem
 
 Array = npt.NDArray[Any]
-
-NEGLIGIBLE_ERROR = 1e-6
-"""An absolute error that counts as none: outputs that ought to be zero have no meaningful ratio."""
 
 
 class Runnable(Protocol):
     """What runs a model on one feed: a session, or an engine's execution."""
 
     def run(self, feed: Mapping[str, Array]) -> Mapping[str, Array]: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an output has to reach.
-
-    Attributes:
-        min_cosine: cosine similarity; blind to a wrong scale.
-        min_sqnr_db: 10 log10(signal power / error power); sees scale and offset.
-        min_agreement: share of equal values of outputs that are not floating point.
-    """
-
-    min_cosine: float
-    min_sqnr_db: float
-    min_agreement: float
 
 
 SAME = Limits(min_cosine=0.99999, min_sqnr_db=60.0, min_agreement=0.99)
@@ -148,25 +130,6 @@ def _dot(one: Array, other: Array) -> float:
     return float(np.einsum("i,i->", one, other))
 
 
-def problem(figures: Mapping[str, Any], limits: Limits) -> str:
-    """Which limit the figures of `compare` miss, in words; empty if none."""
-    if not figures["shape_equal"]:
-        return f"has the shape {tuple(figures['shape'])}, the reference another"
-    if not figures["finite"]:
-        return "has NaN or infinity where the reference has other values"
-    agreement, cosine, sqnr = figures["agreement"], figures["cosine"], figures["sqnr_db"]
-    if agreement is not None:
-        return f"only {agreement:.1%} of the values agree" if agreement < limits.min_agreement else ""
-    if figures["max_abs_error"] <= NEGLIGIBLE_ERROR:
-        return ""
-    if cosine < limits.min_cosine:
-        return f"cosine {cosine:.9g} is below {limits.min_cosine:.9g}"
-    if sqnr is None or sqnr < limits.min_sqnr_db:
-        shown = "undefined" if sqnr is None else f"{sqnr:.1f} dB"
-        return f"SQNR {shown} is below {limits.min_sqnr_db:g} dB"
-    return ""
-
-
 def against_reference(session: Runnable, stored: Reference) -> Iterator[dict[str, Any]]:
     """Figures of every output at every corner, with `corner` and `output`.
 
@@ -212,6 +175,8 @@ def batch_invariance(session: Runnable, stored: Reference, tolerance: float) -> 
             in_batch = together[output][row : row + 1].astype(np.float64)
             scale = max(float(np.max(np.abs(in_batch), initial=0.0)), 1e-12)
             error = float(np.max(np.abs(alone[output].astype(np.float64) - in_batch), initial=0.0)) / scale
+            if not math.isfinite(error):
+                error = math.inf
             worst = max(worst, error)
             if not error <= tolerance:
                 failures.append(

@@ -6,12 +6,13 @@ A gate whose value is not known does not pass: a pipeline that asks for a limit 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from gpuopt.errors import AccuracyError, DataError, GpuoptError, PrecisionError, ResourceError, SpeedError
 from gpuopt.recipe import Recipe
-from gpuopt.report.model import BenchmarkReport, EngineReport, GateReport, Report
+from gpuopt.report.model import BenchmarkReport, GateReport, Report
+from gpuopt.tolerance import DROP_ROUNDING, has_ratio
 
 Sense = Literal["at least", "at most"]
 
@@ -66,18 +67,37 @@ def accuracy_gates(report: Report, recipe: Recipe) -> list[GateReport]:
             invariance = report.verification["batch_invariance"].get(graph, {})
             failures = [text for text in report.verification["failures"] if text.startswith(f"{graph},")]
             found += _compared(graph, rows, invariance, failures, report.verification["limits"])
-    proofs = [engine for engine in report.engines if engine.proof is not None]
-    for engine in proofs:
+    proofs = {engine.target: engine for engine in report.engines if engine.proof is not None}
+    for engine in proofs.values():
         proof = engine.proof or {}
         found += _compared(engine.file, proof["outputs"], proof["batch_invariance"], proof["failures"], proof["limits"])
+    if report.verification is None and not proofs:
+        found += _not_compared(recipe)
     share = recipe.verify.min_precision_coverage
     if share is not None:
-        for engine in proofs:
+        for engine in proofs.values():
             times = (engine.proof or {})["coverage"]["time_share"] or {}
             found.append(_at_least("precision_coverage", engine.file, times.get(report.precision, 0.0), share, "share"))
-        if not proofs:
-            found.append(_unknown("precision_coverage", "", share, "at least", "share", "no engine was run"))
+        for target in _missing(recipe, proofs):
+            found.append(_unknown("precision_coverage", target, share, "at least", "share", "no engine was run"))
     return found
+
+
+def _missing(recipe: Recipe, present: Collection[str]) -> list[str]:
+    """Targets of engines that a recipe asks for and that are not there; an empty name where it asks for none."""
+    asked = [target for target in recipe.build.target if target != "onnxruntime"]
+    if not asked:
+        return [] if present else [""]
+    return [target for target in asked if target not in present]
+
+
+def _not_compared(recipe: Recipe) -> Iterator[GateReport]:
+    """Limits that were set for outputs which nobody looked at."""
+    reason = "outputs were not compared: verify.enabled is false"
+    if recipe.verify.min_cosine is not None:
+        yield _unknown("cosine", "", recipe.verify.min_cosine, "at least", "", reason)
+    if recipe.verify.min_sqnr_db is not None:
+        yield _unknown("sqnr_db", "", recipe.verify.min_sqnr_db, "at least", "dB", reason)
 
 
 def first_failure(gates: Sequence[GateReport]) -> GpuoptError | None:
@@ -108,7 +128,8 @@ def describe(gate: GateReport) -> str:
     """A gate as one line: `latency_p99_ms of model.onnx: 6.1 ms, at most 5 ms`."""
     of = f" of {gate.target}" if gate.target else ""
     where = f" ({gate.where})" if gate.where else ""
-    found = f"{shown(gate.value, gate.unit)}" if gate.value is not None else f"unknown, {gate.reason}"
+    unknown = gate.reason if gate.verdict == "failed" else f"unknown, {gate.reason}"
+    found = shown(gate.value, gate.unit) if gate.value is not None else unknown
     return f"{gate.name}{of}{where}: {found}, {gate.sense} {shown(gate.limit, gate.unit)}"
 
 
@@ -117,8 +138,15 @@ def shown(value: float, unit: str) -> str:
     if unit == "share":
         return f"{value:.1%}"
     if unit == "bytes":
-        return f"{value / 2**20:.1f} MiB"
-    return f"{value:.5g} {unit}".strip()
+        return _bytes(value)
+    return f"{value:.6g} {unit}" if unit else f"{value:.9g}"
+
+
+def _bytes(size: float) -> str:
+    """A size, or a difference of sizes, in binary units."""
+    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+    unit, divisor = next(((name, one) for name, one in units if abs(size) >= one), ("B", 1))
+    return f"{size / divisor:.4g} {unit}"
 
 
 def _budget(report: Report, recipe: Recipe) -> Iterator[GateReport]:
@@ -130,7 +158,11 @@ def _budget(report: Report, recipe: Recipe) -> Iterator[GateReport]:
         yield _unknown("accuracy_drop", "", limit, "at most", "", "the search for what falls back did not finish")
         return
     value = report.facts("confirm").get("value", found["final"])
-    yield _at_most("accuracy_drop", "", found["fp32"] - value, limit, "", where=str(found["metric"]))
+    drop = found["fp32"] - value
+    # What the search took for rounding is none here either.
+    if limit < drop <= limit + DROP_ROUNDING:
+        drop = limit
+    yield _at_most("accuracy_drop", "", drop, limit, "", where=str(found["metric"]))
 
 
 def _compared(
@@ -141,83 +173,103 @@ def _compared(
     limits: Mapping[str, Any],
 ) -> Iterator[GateReport]:
     """Gates of one file's outputs against the original model's."""
+    broken = next((row for row in rows if not row["shape_equal"] or not row["finite"]), None)
     for name, limit, unit in (("cosine", limits["min_cosine"], ""), ("sqnr_db", limits["min_sqnr_db"], "dB")):
-        known = [row for row in rows if row[name] is not None and math.isfinite(row[name])]
-        if limit is not None and known:
+        known = [row for row in rows if has_ratio(row) and row[name] is not None]
+        if limit is None or not (known or broken):
+            continue
+        if broken is not None:
+            reason = "another shape" if not broken["shape_equal"] else "NaN or infinity"
+            yield _failed(name, file, limit, "at least", unit, f"{_corner(broken)}: {reason}")
+        else:
             worst = min(known, key=lambda row: float(row[name]))
-            where = f"{worst['corner']}, output '{worst['output']}'"
-            yield _at_least(name, file, worst[name], limit, unit, where=where)
+            yield _at_least(name, file, worst[name], limit, unit, where=_corner(worst))
     if invariance.get("checked"):
         value, limit = invariance["worst_relative_error"], limits["batch_tolerance"]
-        yield _at_most("batch_relative_error", file, value, limit, "")
+        # JSON has no infinity.
+        if value is None or not math.isfinite(value):
+            yield _failed("batch_relative_error", file, limit, "at most", "", "NaN or infinity in a batch")
+        else:
+            yield _at_most("batch_relative_error", file, value, limit, "")
     yield _at_most("verification_failures", file, len(failures), 0, "")
+
+
+def _corner(row: Mapping[str, Any]) -> str:
+    return f"{row['corner']}, output '{row['output']}'"
 
 
 def _speed(report: Report, recipe: Recipe) -> Iterator[GateReport]:
     gates, race = recipe.gates, report.race or {}
-    ratio = race.get("ratio_to_fp16", {}).get(report.precision)
-    if report.precision == "int8" and recipe.precision == "int8" and ratio is not None:
+    shipped = race.get("chosen", report.precision)
+    ratio = race.get("ratio_to_fp16", {}).get(shipped)
+    if shipped == "int8" and ratio is not None:
         yield _at_most("int8_vs_fp16", "", ratio["low"], 1.0, "times", where="lower end of the interval")
     if gates.max_latency_vs_fp16 is not None:
-        yield _against_fp16(report, ratio, gates.max_latency_vs_fp16)
+        yield _against_fp16(shipped, ratio, gates.max_latency_vs_fp16)
+    # ONNX Runtime's model stands in where no engine at all was measured.
+    engines = {one.target for one in report.benchmarks if one.target != "onnxruntime"}
+    missing = _missing(recipe, engines) if engines else [] if report.benchmarks else [""]
     for percentile, limit in gates.max_latency_ms.items():
         name = f"latency_{percentile}_ms"
         for one in report.benchmarks:
             yield _at_most(name, one.file, getattr(one, name).value, limit, "ms", where=_place(one))
-        if not report.benchmarks:
-            yield _unknown(name, "", limit, "at most", "ms", _NOT_MEASURED)
+        for target in missing:
+            yield _unknown(name, target, limit, "at most", "ms", _NOT_MEASURED)
     if gates.min_throughput is not None:
         name = "throughput_samples_per_second"
         for one in report.benchmarks:
             value = one.throughput_samples_per_second.value
             yield _at_least(name, one.file, value, gates.min_throughput, "samples/s", where=_place(one))
-        if not report.benchmarks:
-            yield _unknown(name, "", gates.min_throughput, "at least", "samples/s", _NOT_MEASURED)
+        for target in missing:
+            yield _unknown(name, target, gates.min_throughput, "at least", "samples/s", _NOT_MEASURED)
 
 
-def _against_fp16(report: Report, ratio: Mapping[str, float] | None, limit: float) -> GateReport:
+def _against_fp16(shipped: str, ratio: Mapping[str, float] | None, limit: float) -> GateReport:
     name = "latency_vs_fp16"
-    if report.precision == "fp16":
+    if shipped == "fp16":
         return _at_most(name, "", 1.0, limit, "times")
     if ratio is None:
-        return _unknown(name, "", limit, "at most", "times", "FP16 was not timed beside it")
+        reason = "FP16 was not timed beside it, which takes INT8 or auto, speed.check, and an engine that runs here"
+        return _unknown(name, "", limit, "at most", "times", reason)
     return _at_most(name, "", ratio["value"], limit, "times")
 
 
 def _resources(report: Report, recipe: Recipe) -> Iterator[GateReport]:
     gates = recipe.gates
+    built = {engine.target: engine for engine in report.engines if engine.target != "onnxruntime"}
     if gates.max_engine_size is not None:
-        for engine in _deployed(report):
+        deployed = built if _missing(recipe, ()) != [""] else {engine.target: engine for engine in report.engines}
+        for engine in deployed.values():
             yield _at_most("engine_size_bytes", engine.file, engine.size_bytes, gates.max_engine_size, "bytes")
-        if not report.engines:
-            reason = "nothing was built"
-            yield _unknown("engine_size_bytes", "", gates.max_engine_size, "at most", "bytes", reason)
+        for target in _missing(recipe, deployed):
+            yield _unknown("engine_size_bytes", target, gates.max_engine_size, "at most", "bytes", "it was not built")
     if gates.max_device_memory is not None:
-        limit = gates.max_device_memory
+        limit, run = gates.max_device_memory, set[str]()
         for one in report.benchmarks:
             if one.device_memory_bytes is not None:
+                run.add(one.target)
                 yield _at_most("device_memory_bytes", one.file, one.device_memory_bytes, limit, "bytes")
-        if all(one.device_memory_bytes is None for one in report.benchmarks):
-            yield _unknown("device_memory_bytes", "", limit, "at most", "bytes", "no engine was run on a GPU")
+        for target in _missing(recipe, run):
+            yield _unknown("device_memory_bytes", target, limit, "at most", "bytes", "no engine was run on a GPU")
     if gates.max_build_seconds is not None:
-        builds = [stage.facts for stage in report.stages if stage.name == "build"]
-        for facts in builds:
-            yield _at_most("build_seconds", facts["file"], facts["build_seconds"], gates.max_build_seconds, "s")
-        if not builds:
-            yield _unknown("build_seconds", "", gates.max_build_seconds, "at most", "s", "no engine was built")
-
-
-def _deployed(report: Report) -> Sequence[EngineReport]:
-    """The engines; where there is none, the ONNX Runtime model."""
-    engines = [engine for engine in report.engines if engine.target != "onnxruntime"]
-    return engines or report.engines
+        limit_s, builds = gates.max_build_seconds, set[str]()
+        for facts in (stage.facts for stage in report.stages if stage.name == "build"):
+            builds.add(facts["target"])
+            yield _at_most("build_seconds", facts["file"], facts["build_seconds"], limit_s, "s")
+        for target in _missing(recipe, builds):
+            yield _unknown("build_seconds", target, limit_s, "at most", "s", "no engine was built")
 
 
 def _calibration(report: Report, recipe: Recipe) -> Iterator[GateReport]:
     limit = recipe.gates.max_calibration_warnings
-    if limit is not None:
-        count = sum(len(stage.warnings) for stage in report.stages if stage.name == "calibrate")
-        yield _at_most("calibration_warnings", "", count, limit, "")
+    if limit is None:
+        return
+    if report.precision == "int8" and recipe.quantize.quantizer == "tensorrt":
+        reason = "TensorRT's own calibrator does not check the data"
+        yield _unknown("calibration_warnings", "", limit, "at most", "", reason)
+        return
+    findings = report.facts("calibrate").get("findings", [])
+    yield _at_most("calibration_warnings", "", len(findings), limit, "")
 
 
 def _place(one: BenchmarkReport) -> str:
@@ -247,6 +299,11 @@ def _gate(name: str, target: str, value: float, limit: float, sense: Sense, unit
         reason="",
         exit_code=_ERRORS[name].exit_code,
     )
+
+
+def _failed(name: str, target: str, limit: float, sense: Sense, unit: str, reason: str) -> GateReport:
+    """A gate that has no value because what it would be of is broken."""
+    return _unknown(name, target, limit, sense, unit, reason).model_copy(update={"verdict": "failed"})
 
 
 def _unknown(name: str, target: str, limit: float, sense: Sense, unit: str, reason: str) -> GateReport:

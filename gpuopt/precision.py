@@ -131,7 +131,9 @@ class Contest:
         return choice
 
     def _made(self, name: str, recipe: Recipe, excluded: tuple[str, ...] = ()) -> Candidate:
-        runner = Runner(recipe, self.cache, self.progress, f"{self.run_name} {name}", self.explain)
+        # Only what ships is benchmarked, once it is known.
+        unmeasured = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"enabled": "off"})})
+        runner = Runner(unmeasured, self.cache, self.progress, f"{self.run_name} {name}", self.explain)
         self.runners.append(runner)
         self.progress.line(f"precision {name}")
         error: GpuoptError | None = None

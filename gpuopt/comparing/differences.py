@@ -43,6 +43,7 @@ def _differences(old: Report, new: Report) -> Iterator[tuple[Aspect, str, str, s
     targets = [[engine.target for engine in report.engines] for report in (old, new)]
     if new.status == "passed" and not set(targets[0]) <= set(targets[1]):
         yield "library", "", "targets", ", ".join(targets[0]), ", ".join(targets[1])
+    yield from _engines(old, new)
     for benchmark in new.benchmarks:
         earlier = benchmark_of(old, benchmark.target)
         if earlier is None:
@@ -51,6 +52,25 @@ def _differences(old: Report, new: Report) -> Iterator[tuple[Aspect, str, str, s
         for (aspect, what, one), (_, _, other) in pairs:
             if one != other:
                 yield aspect, benchmark.target, what, _shown(one), _shown(other)
+
+
+def _engines(old: Report, new: Report) -> Iterator[tuple[Aspect, str, str, str, str]]:
+    """Engines for other libraries or GPUs, also where nothing was measured."""
+    earlier = {engine.target: engine for engine in old.engines}
+    for engine in new.engines:
+        before = earlier.get(engine.target)
+        if before is None or engine.target == "onnxruntime":
+            continue
+        pairs: tuple[tuple[Aspect, str, Any, Any], ...] = (
+            ("library", f"version of {_LIBRARY[engine.target]}", before.library_version, engine.library_version),
+            ("gpu", "compute capability", before.compute_capabilities, engine.compute_capabilities),
+            ("gpu", "GPU of the proof", (before.proof or {}).get("gpu"), (engine.proof or {}).get("gpu")),
+        )
+        measured = benchmark_of(old, engine.target) is not None and benchmark_of(new, engine.target) is not None
+        for aspect, what, one, other in pairs:
+            # What the benchmarks tell is told once.
+            if one and other and one != other and not (measured and aspect == "library"):
+                yield aspect, engine.target, what, _shown(one), _shown(other)
 
 
 def _conditions(found: BenchmarkReport) -> list[tuple[Aspect, str, Any]]:
@@ -70,6 +90,8 @@ def _conditions(found: BenchmarkReport) -> list[tuple[Aspect, str, Any]]:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {shape}" for name, shape in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value in (None, "") else str(value)

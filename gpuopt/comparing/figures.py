@@ -82,13 +82,17 @@ def benchmark_of(report: Report, target: str) -> BenchmarkReport | None:
     return next((found for found in report.benchmarks if found.target == target), None)
 
 
+def _tensor(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']} {entry.get('dtype', '')}".strip()
+
+
 def interface(report: Report) -> tuple[str, str] | None:
-    """Names of inputs and outputs in order, as text; None if the report does not tell."""
+    """Names and dtypes of inputs and outputs in order, as text; None if the report does not tell."""
     facts = report.facts("export")
     try:
         return (
-            ", ".join(entry["name"] for entry in facts["inputs"]),
-            ", ".join(entry["name"] for entry in facts["outputs"]),
+            ", ".join(_tensor(entry) for entry in facts["inputs"]),
+            ", ".join(_tensor(entry) for entry in facts["outputs"]),
         )
     except (KeyError, TypeError):
         return None

@@ -208,7 +208,8 @@ def _gates(old: Report, new: Report) -> list[Row]:
         return []
     before, after = _open_gates(old), _open_gates(new)
     newly = [gate for key, gate in after.items() if key not in before]
-    gone = [gate for key, gate in before.items() if key not in after]
+    judged = {(gate.name, gate.target) for gate in new.gates}
+    gone = [gate for key, gate in before.items() if key not in after and key in judged]
     verdict: Verdict = "worse" if newly else "better" if gone else "same"
     told = [f"newly {'fails' if gate.verdict == 'failed' else 'unknown'}: {_gate(gate)}" for gate in newly]
     told = told or [f"no longer fails: {_gate(gate)}" for gate in gone]

@@ -26,6 +26,7 @@ from gpuopt.recipe import AccuracySection
 from gpuopt.reference import Array, Feed
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
+from gpuopt.tolerance import DROP_ROUNDING
 
 Outputs = Mapping[str, Array]
 Advance = Callable[[int, int | None], None]
@@ -198,7 +199,7 @@ class Evaluation:
 
 def within(exact: float, value: float, max_drop: float) -> bool:
     """Whether a metric dropped by no more than `max_drop`; rounding of the last digits does not count."""
-    return exact - value <= max_drop + 1e-9
+    return exact - value <= max_drop + DROP_ROUNDING
 
 
 def open_evaluation(

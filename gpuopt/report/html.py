@@ -89,7 +89,9 @@ def _verdict(report: Report) -> tuple[str, str, Tone]:
     rest = f" Not run here: {', '.join(unchecked)}." if unchecked else ""
     if report.gates:
         return "Passed", f"It may ship: all {len(report.gates)} gates passed.{rest}", "warn" if rest else "good"
-    return "Passed", f"It was made and checked; no gates were set.{rest}", "warn" if rest else "good"
+    checked = any(engine.status == "verified" for engine in report.engines)
+    said = "It was made and checked; no gates were set." if checked else "It was made; nothing of it was checked."
+    return "Passed", f"{said}{rest}", "warn" if rest or not checked else "good"
 
 
 def _tiles(report: Report) -> Iterator[Tile]:

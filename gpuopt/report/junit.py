@@ -14,8 +14,8 @@ def render(report: Report) -> str:
     A gate that failed is a failure, one that could not be measured an error. With `gate_mode` warn both are passed test
     cases with a note. What ended the run before its gates is an error of the test case `run`.
     """
-    broken = report.error is not None and not _is_of_a_gate(report)
     strict = report.gate_mode == "fail"
+    broken = report.error is not None and not (strict and _is_of_a_gate(report))
     failed = [gate for gate in report.gates if strict and gate.verdict == "failed"]
     unknown = [gate for gate in report.gates if strict and gate.verdict == "unknown"]
     suite = ElementTree.Element(

@@ -46,16 +46,16 @@ def format_bytes(size: float) -> str:
 
 def _headline(report: Report) -> str:
     name = Path(report.model.path).name if report.model.path else report.model.factory
-    return f"# gpuopt: {name}, {report.precision.upper()}: {report.status}"
+    return f"# gpuopt: {escaped(str(name))}, {report.precision.upper()}: {report.status}"
 
 
 def _error(report: Report) -> str:
     if report.error is None:
         return ""
-    where = f" in `{report.error.stage}`" if report.error.stage else ""
+    where = f" in {code(report.error.stage)}" if report.error.stage else ""
     lines = [
-        f"**Failed{where}** ({report.error.kind}, exit code {report.error.exit_code}): {report.error.message}",
-        report.error.hint,
+        f"**Failed{where}** ({report.error.kind}, exit code {report.error.exit_code}): {escaped(report.error.message)}",
+        escaped(report.error.hint),
     ]
     return "\n\n".join(line for line in lines if line)
 
@@ -67,12 +67,12 @@ def _gates(report: Report) -> str:
     rows = [
         (
             {"passed": "passed", "failed": "**failed**", "unknown": "**unknown**"}[gate.verdict],
-            f"`{gate.name}`",
-            f"`{gate.target}`" if gate.target else "",
-            gates.shown(gate.value, gate.unit) if gate.value is not None else gate.reason,
+            code(gate.name),
+            code(gate.target) if gate.target else "",
+            gates.shown(gate.value, gate.unit) if gate.value is not None else escaped(gate.reason),
             f"{gate.sense} {gates.shown(gate.limit, gate.unit)}",
             gates.shown(gate.margin, gate.unit) if gate.margin is not None else "",
-            gate.where,
+            escaped(gate.where),
         )
         for gate in report.gates
     ]
@@ -87,7 +87,7 @@ def _benchmarks(report: Report) -> str:
         return ""
     rows = [
         (
-            f"`{one.file}`",
+            code(one.file),
             one.batch,
             *(_estimate(getattr(one, f"latency_{name}_ms"), "{:.3f}") for name in ("p50", "p90", "p95", "p99")),
             _estimate(one.throughput_samples_per_second, "{:.0f}"),
@@ -97,7 +97,7 @@ def _benchmarks(report: Report) -> str:
         for one in report.benchmarks
     ]
     head = ("file", "batch", "p50, ms", "p90", "p95", "p99", "samples/s", "in, compute, out, ms", "where")
-    said = "\n".join(f"- `{one.file}`: {one.includes}." for one in report.benchmarks)
+    said = "\n".join(f"- {code(one.file)}: {one.includes}." for one in report.benchmarks)
     return "\n\n".join(["## Benchmark", table(head, rows), said])
 
 
@@ -115,7 +115,7 @@ def _split(one: BenchmarkReport) -> str:
 
 
 def _warnings(report: Report) -> str:
-    return "\n".join(f"- Warning: {warning}" for warning in report.warnings)
+    return "\n".join(f"- Warning: {escaped(warning)}" for warning in report.warnings)
 
 
 def _engines(report: Report) -> str:
@@ -124,7 +124,7 @@ def _engines(report: Report) -> str:
     rows = [
         (
             e.target,
-            f"`{e.file}`",
+            code(e.file),
             e.status + (f" ({e.note})" if e.note else ""),
             format_bytes(e.size_bytes),
             e.library_version,
@@ -149,7 +149,7 @@ def _proof(target: str, proof: Mapping[str, Any]) -> str:
     between = f"{found['reformats']} layers change a layout, {found['quantizations']} Q or DQ were not fused"
     if found["overhead_time_share"] is not None:
         between += f"; {found['overhead_time_share']:.1%} of the time"
-    formats = ", ".join(f"`{name}` {text}" for name, text in proof["io_formats"].items())
+    formats = ", ".join(f"{code(name)} {text}" for name, text in proof["io_formats"].items())
     worst = min((row["sqnr_db"] for row in proof["outputs"] if row["sqnr_db"] is not None), default=None)
     lines = [
         f"- Run on {proof['gpu']} at {len({row['corner'] for row in proof['outputs']})} shape corners: "
@@ -158,7 +158,7 @@ def _proof(target: str, proof: Mapping[str, Any]) -> str:
         _invariance(proof["file"], proof["batch_invariance"]),
         f"- Between the computing layers: {between}.",
         f"- Inputs and outputs: {formats}.",
-        *(f"- {failure}" for failure in proof["failures"]),
+        *(f"- {escaped(failure)}" for failure in proof["failures"]),
     ]
     head = ("computes in", "layers", "share of layers", "share of time")
     return "\n\n".join([f"## The engine for {target} as built", table(head, rows), "\n".join(lines)])
@@ -175,11 +175,11 @@ def _race(report: Report) -> str:
             _number(row["milliseconds"], "{:.3f}"),
             f"{row['lowest']:.3f} to {row['highest']:.3f}" if row["lowest"] is not None else "",
             _number(row["lowest_sqnr_db"], "{:.1f}"),
-            row["reason"] or (f"back in FP16: {_some(row['back_in_fp16'])}" if row["back_in_fp16"] else ""),
+            escaped(row["reason"]) or (f"back in FP16: {_some(row['back_in_fp16'])}" if row["back_in_fp16"] else ""),
         )
         for row in race["candidates"]
     ]
-    shapes = ", ".join(f"`{name}` {shape}" for name, shape in race["shapes"].items())
+    shapes = ", ".join(f"{code(name)} {shape}" for name, shape in race["shapes"].items())
     said = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}."
     head = ("candidate", "ms, median", "rounds", "lowest SQNR, dB", "note")
     return "\n\n".join(["## Speed", table(head, rows), said])
@@ -190,11 +190,14 @@ def _interface(report: Report) -> str:
     if "inputs" not in facts:
         return ""
     rows = [
-        (f"`{entry['name']}`", entry["dtype"], profile["min"], profile["opt"], profile["max"])
+        (code(entry["name"]), entry["dtype"], profile["min"], profile["opt"], profile["max"])
         for entry in facts["inputs"]
         for profile in entry["profiles"]
     ]
-    outputs = [f"- output `{entry['name']}`: {entry['dtype']}, {entry['shape']}" for entry in facts["outputs"]]
+    outputs = [
+        f"- output {code(entry['name'])}: {entry['dtype']}, {escaped(str(entry['shape']))}"
+        for entry in facts["outputs"]
+    ]
     head = ("input", "dtype", "smallest", "tuned for", "largest")
     return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(outputs)])
 
@@ -211,14 +214,16 @@ def _precision(report: Report) -> str:
         left: dict[str, list[str]] = {}
         for entry in quantized["kept_in_floating_point"]:
             left.setdefault(entry["reason"], []).append(entry["node"])
-        rows = [(len(nodes), reason, _some(nodes)) for reason, nodes in left.items()]
+        rows = [(len(nodes), escaped(reason), _some(nodes)) for reason, nodes in left.items()]
         if rows:
             lines.append(table(("left in floating point", "why", "nodes"), sorted(rows, reverse=True)))
     if calibrated.get("quantized_before"):
         lines.append("Calibration: none, the model holds Q/DQ of its own.")
-        lines += [f"Repaired: {line}." for line in quantized.get("repaired", [])]
+        lines += [f"Repaired: {escaped(line)}." for line in quantized.get("repaired", [])]
     elif calibrated:
-        lines.append(f"Calibration: {_method(report)}, {calibrated['tensors']} tensors; {calibrated['data']}.")
+        lines.append(
+            f"Calibration: {_method(report)}, {calibrated['tensors']} tensors; {escaped(str(calibrated['data']))}."
+        )
     lines += channel_changes(report)
     if cast:
         kept = f"; {len(cast['kept_in_fp32'])} nodes kept in FP32" if cast["kept_in_fp32"] else ""
@@ -276,7 +281,7 @@ def _fallback(report: Report) -> str:
         f"INT8 has {found['int8_macs_share']:.1%} of the multiply-accumulates, "
         f"{found['int8_macs_share_before']:.1%} before."
     )
-    nodes = "\n".join(f"{place}. `{node}`" for place, node in enumerate(found["fell_back"], 1))
+    nodes = "\n".join(f"{place}. {code(node)}" for place, node in enumerate(found["fell_back"], 1))
     steps = table(("step", "nodes in FP16", found["metric"], "change", "budget"), _steps(found))
     return "\n\n".join(["## Fallen back to FP16", f"{figures} {share}", f"In order of cost:\n\n{nodes}", steps])
 
@@ -300,9 +305,9 @@ def _accuracy(report: Report) -> str:
         return ""
     rows = [
         (
-            f"`{row['graph']}`",
+            code(row["graph"]),
             row["corner"],
-            row["output"],
+            escaped(row["output"]),
             "x".join(map(str, row["shape"])) or "scalar",
             _number(row["cosine"], "{:.6f}"),
             _number(row["sqnr_db"], "{:.1f}"),
@@ -313,7 +318,7 @@ def _accuracy(report: Report) -> str:
     ]
     head = ("graph", "corner", "output", "shape", "cosine", "SQNR, dB", "max abs error", "equal values")
     batch = "\n".join(_invariance(graph, found) for graph, found in result["batch_invariance"].items())
-    failures = "\n".join(f"- {failure}" for failure in result["failures"])
+    failures = "\n".join(f"- {escaped(failure)}" for failure in result["failures"])
     title = f"## Accuracy in ONNX Runtime against {result['reference']}"
     limits = result["limits"]
     limit = f"Limits: cosine at least {limits['min_cosine']}, SQNR at least {limits['min_sqnr_db']:g} dB."
@@ -323,9 +328,9 @@ def _accuracy(report: Report) -> str:
 
 def _invariance(graph: str, found: dict[str, Any]) -> str:
     if not found["checked"]:
-        return f"- Batch invariance of `{graph}` was not checked: {found['reason']}."
+        return f"- Batch invariance of {code(graph)} was not checked: {found['reason']}."
     return (
-        f"- Batch invariance of `{graph}`: a row alone and in a batch of {found['batch']} differ by at most "
+        f"- Batch invariance of {code(graph)}: a row alone and in a batch of {found['batch']} differ by at most "
         f"{found['worst_relative_error']:.1e} (relative)."
     )
 
@@ -334,7 +339,7 @@ def _export(report: Report) -> str:
     facts = report.facts("export")
     if not facts:
         return ""
-    lost = [f"- `{a['exporter']}` lost: {a['reason']}" for a in facts["attempts"] if a["reason"]]
+    lost = [f"- {code(a['exporter'])} lost: {escaped(a['reason'])}" for a in facts["attempts"] if a["reason"]]
     line = f"{facts['model_kind']}, exporter: {facts['exporter']}; opset {facts['opset']}, IR {facts['ir_version']}."
     return "\n\n".join(["## Export", line, *(["\n".join(lost)] if lost else [])])
 
@@ -354,8 +359,8 @@ def _provenance(report: Report) -> str:
         f"- gpuopt {report.gpuopt_version}, Python {report.environment['python']}, {report.environment['platform']}, "
         f"GPU: {gpus or 'none'}",
         f"- {packages}",
-        f"- model SHA-256: `{report.model.sha256 or 'from a factory'}`",
-        f"- command: `{' '.join(report.command)}`",
+        f"- model SHA-256: {code(report.model.sha256 or 'from a factory')}",
+        f"- command: {code(' '.join(report.command))}",
         f"- {report.created}, {report.seconds:.1f} s",
     ]
     return "## Provenance\n\n" + "\n".join(lines)
@@ -370,12 +375,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def code(name: str) -> str:
+    """A name as a code span, in which nothing is Markdown, HTML, a link or a mention."""
+    return "`" + " ".join(str(name).replace("`", "'").split()) + "`"
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is Markdown or HTML, and nobody is mentioned; bars are escaped with the cells."""
+    for character in "\\`*[]<>":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("@", "@\N{WORD JOINER}")
+
+
 def _row(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:_MOST_NAMES])
+    shown = ", ".join(code(name) for name in names[:_MOST_NAMES])
     return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 

@@ -30,6 +30,7 @@ from gpuopt.report.blocks import (
 )
 from gpuopt.report.markdown import channel_changes, format_bytes
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
+from gpuopt.tolerance import Limits, problem
 
 _VERDICTS: Mapping[str, tuple[str, Tone]] = {
     "passed": ("\N{CHECK MARK} passed", "good"),
@@ -378,18 +379,8 @@ def _outputs(caption: str, rows: Iterable[Mapping[str, Any]], limits: Mapping[st
 
 
 def _holds(row: Mapping[str, Any], limits: Mapping[str, Any]) -> Cell:
-    problems = [
-        word
-        for word, bad in (
-            ("another shape", not row["shape_equal"]),
-            ("NaN or infinity", not row["finite"]),
-            ("cosine too low", row["cosine"] is not None and row["cosine"] < limits["min_cosine"]),
-            ("SQNR too low", row["sqnr_db"] is not None and row["sqnr_db"] < limits["min_sqnr_db"]),
-            ("too few equal", row["agreement"] is not None and row["agreement"] < limits["min_agreement"]),
-        )
-        if bad
-    ]
-    return Cell(", ".join(problems), tone="bad") if problems else Cell("holds", tone="good")
+    found = problem(row, Limits(limits["min_cosine"], limits["min_sqnr_db"], limits["min_agreement"]))
+    return Cell(found, tone="bad") if found else Cell("holds", tone="good")
 
 
 def _limits(limits: Mapping[str, Any]) -> str:

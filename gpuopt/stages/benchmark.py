@@ -75,7 +75,7 @@ def _session(context: StageContext, stored: Reference, shapes: Mapping[str, Shap
     return {
         **figures(found, batch),
         "file": ONNX_FILE,
-        "where": f"CPU, {environment.processor()}",
+        "where": f"CPU, {os.cpu_count()} x {environment.processor()}",
         "library_version": environment.library_version("onnxruntime"),
         "driver_version": "",
         "includes": WHOLE_CALL,

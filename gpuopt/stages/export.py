@@ -15,7 +15,7 @@ from gpuopt import interface, onnx_model, reference, user_code
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import first_layers
-from gpuopt.comparison import SAME, compare, first_difference, problem
+from gpuopt.comparison import SAME, compare, first_difference
 from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
@@ -25,6 +25,7 @@ from gpuopt.reference import Interface, Reference
 from gpuopt.shapes import ShapeRange, TensorSpec, format_shape
 from gpuopt.stages import samples
 from gpuopt.stages.context import StageContext
+from gpuopt.tolerance import problem
 
 TORCHSCRIPT_MAX_OPSET = 20
 _GENERATED = "The inputs were generated: give --calibration-data, or recipe keys inputs.NAME.low and high."

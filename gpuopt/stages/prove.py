@@ -20,7 +20,7 @@ from gpuopt.backends.tensorrt.runtime import (
     feeds_of_shape,
     iterate_profiles,
 )
-from gpuopt.comparison import Array, Limits, batch_invariance, compare, problem
+from gpuopt.comparison import Array, batch_invariance, compare
 from gpuopt.cuda.device import Device
 from gpuopt.engine_record import Trust
 from gpuopt.recipe import Precision, VerifySection
@@ -28,6 +28,7 @@ from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.stages.verify import BATCH_TOLERANCE, limits_of
 from gpuopt.storage import write_json
+from gpuopt.tolerance import Limits, problem
 
 PROOF_FILE = "proof.json"
 _TF32_LIMITS = Limits(min_cosine=0.9999, min_sqnr_db=40.0, min_agreement=0.99)

@@ -9,11 +9,12 @@ from typing import Any
 
 from gpuopt import reference
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE, StageOutcome
-from gpuopt.comparison import SAME, Limits, against_reference, batch_invariance, problem
+from gpuopt.comparison import SAME, against_reference, batch_invariance
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
+from gpuopt.tolerance import Limits, problem
 
 VERIFICATION_FILE = "verification.json"
 LIMITS: Mapping[Precision, Limits] = {

@@ -76,7 +76,7 @@ def test_one_that_is_too_slow_is_not_shipped(compiled: Any, project: Path) -> No
     assert (failed / "model.onnx").is_file()
 
 
-def test_one_that_only_warns_ships(compiled: Any, project: Path) -> None:
+def test_one_that_only_warns_ships(compiled: Any, gpuopt: Gpuopt, project: Path) -> None:
     flags = ("--max-latency", "p50=0.000001ms", "--max-device-memory", "1MiB", "--min-cosine", "1")
     result = compiled(*flags, "--gate-mode", "warn", "-o", project / "warned.gpuopt")
     assert result.code == 0, result.stderr
@@ -87,6 +87,10 @@ def test_one_that_only_warns_ships(compiled: Any, project: Path) -> None:
     told = " ".join(report["warnings"])
     for name in ("latency_p50_ms", "device_memory_bytes", "cosine"):
         assert f"gate {name}" in told
+    verified = gpuopt("verify", project / "warned.gpuopt", "--json")
+    assert verified.code == 0
+    assert any("gate cosine" in line for line in verified.report()["warnings"])
+    assert verified.report()["benchmarks"] == []
     assert compiled(*flags, "-o", project / "strict.gpuopt").code == 8
 
 

@@ -109,11 +109,17 @@ def test_gates_are_judged_again_where_the_engine_is_built(gpuopt: Gpuopt, projec
     assert refused.code == 14, refused.stderr
     assert refused.report()["error"]["stage"] == "gates"
     assert (folder / "manifest.json").read_bytes() == before
+    failed = project / "gated.gpuopt.failed"
+    assert 'failures="1"' in (failed / "junit.xml").read_text()
     warned = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json", *size, "--set", "gates.mode=warn")
     assert warned.code == 0, warned.stderr
     report = warned.report()
     assert any("gate engine_size_bytes" in line for line in report["warnings"])
     assert {gate["name"]: gate["verdict"] for gate in report["gates"]}["engine_size_bytes"] == "failed"
+    assert not failed.exists()
+    once_more = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json", "--set", "gates.max_engine_size=1GiB")
+    assert not any("gate engine_size_bytes" in line for line in once_more.report()["warnings"])
+    assert gpuopt("check", folder).code == 0
     verified = gpuopt("verify", folder, "--json").report()
     assert {gate["name"] for gate in verified["gates"]} >= {"cosine", "sqnr_db", "verification_failures"}
     assert "engine_size_bytes" not in {gate["name"] for gate in verified["gates"]}

@@ -208,8 +208,9 @@ def test_a_branch_that_tracing_fixed_is_told(gpuopt: Gpuopt, tmp_path: Path) -> 
 
 
 def test_a_wrong_scale_is_no_pass(tmp_path: Path) -> None:
-    from gpuopt.comparison import compare, problem
+    from gpuopt.comparison import compare
     from gpuopt.stages.verify import LIMITS
+    from gpuopt.tolerance import problem
 
     wanted = np.array([[3.0]], np.float32)
     assert "SQNR" in problem(compare(wanted * 2, wanted), LIMITS["int8"])

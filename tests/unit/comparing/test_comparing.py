@@ -308,3 +308,28 @@ def test_the_command_writes_everything_and_ends_with_its_code(gpuopt: Gpuopt, tm
     assert "nothing is worse" in better.stdout
     assert gpuopt("compare", "new.json", "none.json", cwd=tmp_path).code == 10
     assert gpuopt("compare", "new.json", "old.json", "--max-p99-regress", "x", cwd=tmp_path).code == 2
+
+
+def engines_changed(found: Report, **changes: Any) -> Report:
+    """The report with its engines changed; nothing was measured."""
+    engines = [one if one.target == "onnxruntime" else one.model_copy(update=changes) for one in found.engines]
+    return found.model_copy(update={"engines": engines, "benchmarks": []})
+
+
+@pytest.mark.parametrize(
+    ("changes", "aspect"), [({"library_version": "8.6.1"}, "library"), ({"compute_capabilities": ["7.5"]}, "gpu")]
+)
+def test_engines_of_another_library_or_gpu_are_refused_also_without_a_benchmark(
+    changes: dict[str, Any], aspect: str
+) -> None:
+    old, new = engines_changed(report()), engines_changed(report(), **changes)
+    assert isinstance(compared(old, new).error, ComparisonError)
+    assert compared(old, new, aspect).error is None
+    assert compared(old, engines_changed(report())).error is None
+
+
+def test_a_gate_that_is_gone_is_no_better() -> None:
+    old = report(gates=[gate(verdict="failed", value=1.17)])
+    gone, passed = report(gates=[gate().model_copy(update={"name": "cosine"})]), report(gates=[gate()])
+    assert row(compared(old, gone), "gates_not_passed", "").verdict == "same"
+    assert row(compared(old, passed), "gates_not_passed", "").verdict == "better"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,15 @@ def test_an_error_takes_three_lines_at_most() -> None:
         "one",
         "two",
     ]
+
+
+def test_a_model_puts_no_markdown_into_the_report() -> None:
+    evil = "y` <img src=x> ![p](http://evil/p.png) [Approved](http://evil) @team |"
+    verification = passing().verification or {}
+    rows = [{**verification["outputs"][0], "output": evil}]
+    changes = {"verification": {**verification, "outputs": rows, "failures": [evil]}, "warnings": [evil]}
+    shown = markdown.render(passing().model_copy(update=changes))
+    # What is left of it is in code spans or escaped.
+    outside = re.sub(r"`[^`\n]*`", "", shown.replace("\\`", ""))
+    for pattern in (r"(?<!\\)<img", r"(?<!\\)\[", r"@team"):
+        assert not re.search(pattern, outside), pattern
