@@ -107,7 +107,8 @@ def _is_eight_bit(
 
 def build(path: Path) -> str:
     """Empty if TensorRT-RTX builds an engine for batches of 1 to 64; else the first line of its complaint."""
-    from gpuopt.backends import tensorrt
+    from gpuopt.backends.tensorrt.builder import build
+    from gpuopt.backends.tensorrt.options import BuildOptions
     from gpuopt.errors import GpuoptError
     from gpuopt.progress import choose
     from gpuopt.shapes import ShapeRange
@@ -116,7 +117,7 @@ def build(path: Path) -> str:
     rest = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim[1:])
     profile = {value.name: ShapeRange((1, *rest), (8, *rest), (BATCH, *rest))}
     try:
-        tensorrt.build("tensorrt-rtx", path, (profile,), tensorrt.BuildOptions(), choose(True))
+        build("tensorrt-rtx", path, (profile,), BuildOptions(), choose(True))
     except GpuoptError as error:
         return error.message.splitlines()[0]
     return ""
