@@ -218,16 +218,10 @@ def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
 
 
 def schema(document: str) -> str:
-    """The JSON Schema (draft 2020-12) of `report`, `bench` or `profile`, as pydantic derives it from the models."""
-    from pydantic import BaseModel
+    """The JSON Schema of `report`, `bench` or `profile`."""
+    from gpuopt.report.schema import rendered
 
-    from gpuopt.bench.report import BenchReport
-    from gpuopt.profiling.command import ProfileReport
-    from gpuopt.report.model import Report
-
-    models: dict[str, type[BaseModel]] = {"report": Report, "bench": BenchReport, "profile": ProfileReport}
-    found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **models[document].model_json_schema()}
-    return json.dumps(found, indent=2) + "\n"
+    return rendered(document)
 
 
 def doctor(as_json: bool) -> str:

@@ -100,6 +100,19 @@ def test_what_cannot_be_judged_does_not_pass(compiled: Any, project: Path) -> No
     assert "unknown, no engine was run on a GPU" in result.stderr
 
 
+def test_what_auto_ships_is_measured_and_the_others_are_not(compiled: Any, project: Path) -> None:
+    flags = ("-p", "auto", "--set", "speed.seconds=0.3", "--max-latency", "p99=60000", "-o", project / "auto.gpuopt")
+    result = compiled(*flags)
+    assert result.code == 0, result.stderr
+    report = result.report()
+    jsonschema.validate(report, SCHEMA)
+    assert len(report["benchmarks"]) == 1
+    assert [stage["name"] for stage in report["stages"]].count("benchmark") == 1
+    assert gates(report)["latency_p99_ms"]["verdict"] == "passed"
+    again = compiled(*flags).report()
+    assert again["benchmarks"] == report["benchmarks"]
+
+
 def test_a_limit_that_is_none_is_refused(compiled: Any, gpuopt: Gpuopt) -> None:
     for flags in (("--max-latency", "5ms"), ("--max-latency", "p98=5ms"), ("--max-latency", "p99=-1")):
         assert compiled(*flags).code == 2, flags
