@@ -27,12 +27,15 @@ class Settings:
     Attributes:
         seconds: of timed iterations.
         least, most: number of timed iterations.
+        wanted: so many, where they take no longer than `patience_seconds`.
         warm_up_seconds: at most so long; it ends earlier where timings are steady.
     """
 
     seconds: float = 2.0
     least: int = 20
     most: int = 5000
+    wanted: int = 0
+    patience_seconds: float = 10.0
     warm_up_seconds: float = 2.0
 
 
@@ -64,9 +67,7 @@ def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
     before, was_steady = warm_up(subject, settings)
     timings: list[float] = []
     started = time.perf_counter()
-    while len(timings) < settings.least or (
-        time.perf_counter() - started < settings.seconds / 2 and len(timings) < settings.most
-    ):
+    while _goes_on(len(timings), time.perf_counter() - started, settings):
         timings.append(_once(subject))
     per_round = max(1, int(settings.seconds / 2 / _ROUNDS / max(summarize(timings).mean / 1000, 1e-6)))
     per_round = min(per_round, settings.most)
@@ -83,6 +84,13 @@ def measure(subject: Subject, settings: Settings | None = None) -> Measurement:
 _ROUNDS = 7
 _SHORTEST_WARM_UP = 0.5
 _WINDOW_SECONDS = 0.1
+
+
+def _goes_on(count: int, spent: float, settings: Settings) -> bool:
+    """Whether more single inferences are timed."""
+    if count < settings.least or (count < settings.wanted and spent < settings.patience_seconds):
+        return True
+    return spent < settings.seconds / 2 and count < settings.most
 
 
 def warm_up(subject: Subject, settings: Settings | None = None) -> tuple[list[float], bool]:

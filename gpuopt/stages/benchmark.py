@@ -20,6 +20,8 @@ from gpuopt.shapes import Shape, format_shape
 from gpuopt.stages.context import StageContext
 
 MOST_TIMINGS = 2000
+WANTED_TIMINGS = 600
+"""`gpuopt compare` needs 500 to judge a p99."""
 WHOLE_CALL = "a whole call of ONNX Runtime on the CPU"
 WITH_COPIES = "host-to-device copy, compute, device-to-host copy, from page-locked memory"
 
@@ -65,12 +67,17 @@ def thinned(values: Sequence[float], most: int) -> list[float]:
     return [values[index] for index in np.linspace(0, len(values) - 1, most).round().astype(int)]
 
 
+def _settings(context: StageContext) -> Settings:
+    """Enough single inferences for a p99 whose spread can be told, also of slow models."""
+    return Settings(seconds=context.recipe.benchmark.seconds, wanted=WANTED_TIMINGS)
+
+
 def _session(context: StageContext, stored: Reference, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     from gpuopt.bench.subjects import SessionSubject
 
     corner = next(c for c in stored.corners if dict(c.shapes) == dict(shapes))
     subject = SessionSubject(context.folder("onnx") / ONNX_FILE, stored.feed(corner))
-    found = measure(subject, Settings(seconds=context.recipe.benchmark.seconds))
+    found = measure(subject, _settings(context))
     batch = next((shape[0] for shape in shapes.values() if shape), 1)
     return {
         **figures(found, batch),
@@ -104,7 +111,7 @@ def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape
             corner = next((c for c in stored.corners if dict(c.shapes) == dict(shapes)), None)
             feeds = stored.feed(corner) if corner is not None else feeds_of_shape(engine, shapes)
             execution.run(as_engine_inputs(engine.inputs, feeds))
-            found = measure(EngineSubject(execution, ALL_PARTS, graph), Settings(seconds=settings.seconds))
+            found = measure(EngineSubject(execution, ALL_PARTS, graph), _settings(context))
             part = Settings(seconds=settings.seconds / 4)
             parts = [measure(EngineSubject(execution, (name,), False), part).back_to_back_ms for name in ALL_PARTS]
             memory = execution.device_bytes

@@ -79,3 +79,25 @@ def test_warm_up_outlasts_clocks_that_rise_slowly(monkeypatch: pytest.MonkeyPatc
     timings, was_steady = warm_up(Rising())
     assert was_steady
     assert timings[-1] == pytest.approx(0.05, rel=0.02)
+
+
+def test_enough_inferences_are_timed_where_patience_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        """10 ms each."""
+
+        def run(self) -> None:
+            now[0] += 0.01
+
+        def run_many(self, count: int) -> float:
+            now[0] += 0.01 * count
+            return 10.0
+
+    def count(**settings: float) -> int:
+        return measure(Slow(), Settings(seconds=1.0, **settings)).latency.count  # type: ignore[arg-type]
+
+    assert count() == 50
+    assert count(wanted=600) == 600
+    assert count(wanted=600, patience_seconds=2.0) == pytest.approx(200, abs=1)
