@@ -511,10 +511,7 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         "status": report.status,
         "model": report.model.model_dump(mode="json"),
         "precision": report.precision,
-        "targets": [
-            e.model_dump(mode="json", include={"target", "file", "library_version", "compute_capabilities", "note"})
-            for e in report.engines
-        ],
+        "targets": manifest_targets(report),
         "environment": report.environment,
     }
     if runner is not None and report.status == "passed":
@@ -533,6 +530,12 @@ def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Rep
         texts.update(provenance(origin))
     bundle.check_destination(destination)
     bundle.write(destination, files, texts, about)
+
+
+def manifest_targets(report: Report) -> list[dict[str, Any]]:
+    """What a manifest says of each deployable file; the rest is in the report."""
+    kept = {"target", "file", "library_version", "compute_capabilities", "note"}
+    return [engine.model_dump(mode="json", include=kept) for engine in report.engines]
 
 
 def provenance(origin: Origin) -> dict[str, str]:

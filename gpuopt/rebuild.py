@@ -22,6 +22,7 @@ from gpuopt.compile import (
     engine_reports,
     failed_folder,
     failure_of,
+    manifest_targets,
     now,
     provenance,
     stage_reports,
@@ -246,13 +247,12 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
             made.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
     files.update(made)
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
-    kept = ("target", "file", "library_version", "compute_capabilities", "note")
     about.update(
         status=report.status,
         command=report.command,
         created=report.created,
         gpuopt_version=report.gpuopt_version,
-        targets=[engine.model_dump(mode="json", include=set(kept)) for engine in report.engines],
+        targets=manifest_targets(report),
         environment=report.environment,
     )
     # Plugins are named anew for each build; of all else the compilation knew.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from gpuopt.bundle import REPORT_FILE
 from gpuopt.report import html, junit, markdown
 from gpuopt.report.model import Report
-
-REPORT_FILE = "report.json"
 
 
 def documents(report: Report) -> dict[str, str]:

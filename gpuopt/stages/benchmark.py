@@ -33,15 +33,16 @@ def run(context: StageContext) -> StageOutcome:
     """
     stored = reference.load(context.folder("reference"))
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    batch = next((shape[0] for shape in shapes.values() if shape), 1)
     about = {
         "target": context.target,
         "shapes": {name: format_shape(shape) for name, shape in shapes.items()},
-        "batch": next((shape[0] for shape in shapes.values() if shape), 1),
+        "batch": batch,
         "definition": 1,
         "seconds": context.recipe.benchmark.seconds,
     }
     measured = _session if context.target == "onnxruntime" else _engine
-    found = measured(context, stored, shapes)
+    found = measured(context, stored, shapes, batch)
     warnings = [] if found["was_steady"] else [f"{found['file']}: timings were not steady after the warm-up"]
     return StageOutcome({**about, **found}, tuple(warnings))
 
@@ -72,13 +73,12 @@ def _settings(context: StageContext) -> Settings:
     return Settings(seconds=context.recipe.benchmark.seconds, wanted=WANTED_TIMINGS)
 
 
-def _session(context: StageContext, stored: Reference, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _session(context: StageContext, stored: Reference, shapes: Mapping[str, Shape], batch: int) -> dict[str, Any]:
     from gpuopt.bench.subjects import SessionSubject
 
     corner = next(c for c in stored.corners if dict(c.shapes) == dict(shapes))
     subject = SessionSubject(context.folder("onnx") / ONNX_FILE, stored.feed(corner))
     found = measure(subject, _settings(context))
-    batch = next((shape[0] for shape in shapes.values() if shape), 1)
     return {
         **figures(found, batch),
         "file": ONNX_FILE,
@@ -95,7 +95,7 @@ def _session(context: StageContext, stored: Reference, shapes: Mapping[str, Shap
     }
 
 
-def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape], batch: int) -> dict[str, Any]:
     from gpuopt.backends.tensorrt.runtime import LoadedEngine, as_engine_inputs, feeds_of_shape
     from gpuopt.bench.subjects import ALL_PARTS, EngineSubject
     from gpuopt.cuda.device import Device, pci_bus_id
@@ -118,7 +118,6 @@ def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape
         where = device.name
         driver = device.driver_version
         engine.close()
-    batch = next((shape[0] for shape in shapes.values() if shape), 1)
     return {
         **figures(found, batch),
         "file": path.name,
