@@ -16,7 +16,7 @@ from gpuopt.bench.measuring import Measurement, Settings, measure
 from gpuopt.bench.statistics import PERCENTILES
 from gpuopt.engine_record import Trust
 from gpuopt.reference import Reference
-from gpuopt.shapes import Shape, format_shape
+from gpuopt.shapes import Shape, batch_size, format_shape
 from gpuopt.stages.context import StageContext
 
 MOST_TIMINGS = 2000
@@ -33,7 +33,7 @@ def run(context: StageContext) -> StageOutcome:
     """
     stored = reference.load(context.folder("reference"))
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
-    batch = next((shape[0] for shape in shapes.values() if shape), 1)
+    batch = batch_size(shapes)
     about = {
         "target": context.target,
         "shapes": {name: format_shape(shape) for name, shape in shapes.items()},

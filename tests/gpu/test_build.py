@@ -162,14 +162,31 @@ def test_fp32_and_a_timing_cache_that_the_second_build_reads(
     assert first.timing_cache is not None
     assert first.timing_cache.read_bytes == 0
     assert first.timing_cache.written_bytes == file.stat().st_size > 100
-    second = make(network(), tmp_path / "a", replace(options, timing_cache=file, require_timing_cache=True))
-    assert second.timing_cache is not None
-    assert second.timing_cache.read_bytes == first.timing_cache.written_bytes
-    assert second.timing_cache.hits is None or second.timing_cache.hits > 0
-    assert second.warnings == ()
+    required = replace(options, timing_cache=file, require_timing_cache=True)
+    if refusal := _refusal(required, tmp_path):
+        # TensorRT 8.5 does not know its own entries of Myelin again, and then ignores the whole file.
+        assert version(trt) < (8, 6), refusal
+        assert "does not fit" in refusal
+        second = make(network(), tmp_path / "a", replace(options, timing_cache=file))
+        assert any("does not fit" in warning for warning in second.warnings), second
+    else:
+        second = make(network(), tmp_path / "a", required)
+        assert second.timing_cache is not None
+        assert second.timing_cache.read_bytes == first.timing_cache.written_bytes
+        assert second.timing_cache.hits is None or second.timing_cache.hits > 0
+        assert second.warnings == ()
     got, _ = infer(trt, context, second.plan, images())
     assert sqnr_db(got, reference(images())) > 40
     assert first.io_dtypes == {"x": "float32", "y": "float32"}
+
+
+def _refusal(asked: BuildOptions, folder: Path) -> str:
+    """What a build ends in; empty if it does not fail."""
+    try:
+        make(network(), folder / "a", asked)
+    except BuildError as error:
+        return error.message
+    return ""
 
 
 def test_fp16_is_delivered(trt: ModuleType, options: BuildOptions, context: Any, tmp_path: Path) -> None:
