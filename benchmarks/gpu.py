@@ -81,6 +81,7 @@ class Network:
 
 
 _IMAGE = (3, 224, 224)
+_DYNAMIC = ("latency", "batches")
 _STATIC = ("latency", "phases", "overlap", "streams")
 NETWORKS = (
     Network(
@@ -90,10 +91,12 @@ NETWORKS = (
         "resnet50-b32", "torchvision.models:resnet50", _IMAGE, (32, 32, 32), native=True, baselines=True, bench=_STATIC
     ),
     Network(
-        "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=("latency", "batches", "memory")
+        "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=(*_DYNAMIC, "memory")
     ),
-    Network("mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True),
-    Network("vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True),
+    Network("mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC),
+    Network(
+        "vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+    ),
     Network("digits-resnet18", "networks:resnet18", (3, 32, 32), (1, 64, 64), "resnet18", native=True),
     Network(
         "digits-mobilenet_v3_small", "networks:mobilenet_v3_small", (3, 32, 32), (1, 64, 64), "mobilenet_v3_small",
@@ -181,7 +184,7 @@ def _prepare(bench: Bench, network: Network) -> None:
         model = [weights, "--model", network.factory]
     if not (home / SAMPLES).is_file():
         save_samples(home, network)
-    for precision in ("fp16", "int8", "fp32"):
+    for precision in ("fp32",) if network.auto else ("fp16", "int8", "fp32"):
         folder = home / f"{precision}.gpuopt"
         if folder.is_dir():
             continue
@@ -407,7 +410,8 @@ def _bench(bench: Bench, network: Network) -> None:
     for precision in ("int8", "fp16"):
         only = [word for group in network.bench for word in ("--only", group)]
         beside = ("--beside", bench.folder / BESIDE) if "memory" in network.bench else ()
-        asked = ("bench", home / f"{precision}.gpuopt", *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
+        subject = home / f"{'onnx-' if network.auto else ''}{precision}.gpuopt"
+        asked = ("bench", subject, *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
         told = home / f"bench-{precision}.json"
         run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
 
