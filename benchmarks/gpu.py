@@ -93,7 +93,9 @@ NETWORKS = (
     Network(
         "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=(*_DYNAMIC, "memory")
     ),
-    Network("mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC),
+    Network(
+        "mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+    ),
     Network(
         "vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
     ),
