@@ -31,7 +31,6 @@ from gpuopt.shapes import ShapeRange
 
 Array = np.ndarray[Any, Any]
 CHANNELS, SIDE = 64, 32
-PROFILES = ({"x": ShapeRange((1, CHANNELS, SIDE, SIDE), (2, CHANNELS, SIDE, SIDE), (4, CHANNELS, SIDE, SIDE))},)
 LEGACY_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 
@@ -68,7 +67,9 @@ def network() -> onnx.ModelProto:
     dims = ["batch", CHANNELS, SIDE, SIDE]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
-    return onnx_model.with_types(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx_model.kernel_shapes_stated(model)
+    return onnx_model.with_types(model)
 
 
 def quantized() -> onnx.ModelProto:
@@ -84,8 +85,11 @@ def images(count: int = 2, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal((count, CHANNELS, SIDE, SIDE)).astype(np.float32)
 
 
-def make(model: onnx.ModelProto, folder: Path, options: BuildOptions) -> BuiltEngine:
-    return build("tensorrt", onnx_model.save(model, folder), PROFILES, options, Silent())
+def make(
+    model: onnx.ModelProto, folder: Path, options: BuildOptions, batches: tuple[int, ...] = (1, 2, 4)
+) -> BuiltEngine:
+    profile = {"x": ShapeRange(*((batch, CHANNELS, SIDE, SIDE) for batch in batches))}
+    return build("tensorrt", onnx_model.save(model, folder), (profile,), options, Silent())
 
 
 def reference(x: Array) -> Array:
@@ -162,31 +166,14 @@ def test_fp32_and_a_timing_cache_that_the_second_build_reads(
     assert first.timing_cache is not None
     assert first.timing_cache.read_bytes == 0
     assert first.timing_cache.written_bytes == file.stat().st_size > 100
-    required = replace(options, timing_cache=file, require_timing_cache=True)
-    if refusal := _refusal(required, tmp_path):
-        # TensorRT 8.5 does not know its own entries of Myelin again, and then ignores the whole file.
-        assert version(trt) < (8, 6), refusal
-        assert "does not fit" in refusal
-        second = make(network(), tmp_path / "a", replace(options, timing_cache=file))
-        assert any("does not fit" in warning for warning in second.warnings), second
-    else:
-        second = make(network(), tmp_path / "a", required)
-        assert second.timing_cache is not None
-        assert second.timing_cache.read_bytes == first.timing_cache.written_bytes
-        assert second.timing_cache.hits is None or second.timing_cache.hits > 0
-        assert second.warnings == ()
+    second = make(network(), tmp_path / "a", replace(options, timing_cache=file, require_timing_cache=True))
+    assert second.timing_cache is not None
+    assert second.timing_cache.read_bytes == first.timing_cache.written_bytes
+    assert first.timing_cache.hits is None or (second.timing_cache.hits or 0) > first.timing_cache.hits
+    assert second.warnings == ()
     got, _ = infer(trt, context, second.plan, images())
     assert sqnr_db(got, reference(images())) > 40
     assert first.io_dtypes == {"x": "float32", "y": "float32"}
-
-
-def _refusal(asked: BuildOptions, folder: Path) -> str:
-    """What a build ends in; empty if it does not fail."""
-    try:
-        make(network(), folder / "a", asked)
-    except BuildError as error:
-        return error.message
-    return ""
 
 
 def test_fp16_is_delivered(trt: ModuleType, options: BuildOptions, context: Any, tmp_path: Path) -> None:
@@ -218,7 +205,7 @@ def test_int8_from_qdq(trt: ModuleType, options: BuildOptions, context: Any, tmp
     if version(trt) < (10, 0):
         assert built.applied["precision_flags"] == ["INT8", "FP16"]
     got, layers = infer(trt, context, built.plan, images())
-    assert re.search("int8", layers, re.IGNORECASE), layers[:2000]
+    assert re.search("int8|i8i8", layers, re.IGNORECASE), layers[:2000]
     assert sqnr_db(got, reference(images())) > 15
 
 
@@ -269,16 +256,18 @@ def test_the_native_calibrator(
         with pytest.raises(RequirementError, match="has no calibrator"):
             make(network(), tmp_path, asked)
         return
-    built = make(network(), tmp_path, asked)
+    # For a smaller batch than 32, TensorRT 8.5 finds TF32 as fast.
+    batches = (1, 32, 32)
+    built = make(network(), tmp_path, asked, batches)
     assert given == [0, 1, 2, 3]
     assert built.calibration_cache == file.read_bytes()
     found = ranges.read(file).ranges
     assert {"x", "y"} <= found.keys()
     assert 2 < found["x"].high < 6
     got, layers = infer(trt, context, built.plan, images(seed=9))
-    assert re.search("int8", layers, re.IGNORECASE), layers[:2000]
+    assert re.search("int8|i8i8", layers, re.IGNORECASE), layers[:2000]
     assert sqnr_db(got, reference(images(seed=9))) > 15
-    again = make(network(), tmp_path, asked)
+    again = make(network(), tmp_path, asked, batches)
     assert given == [0, 1, 2, 3], "the second build reads the cache"
     assert again.calibration_cache == built.calibration_cache
 
