@@ -78,8 +78,8 @@ def test_a_cache_that_the_log_alone_refuses_is_not_said_to_be_read(tmp_path: Pat
     timing_cache.save(config, found, path, {})
     assert path.read_bytes() == HEAD + b"a"
     path.write_bytes(b"damaged")
+    required = BuildOptions(timing_cache=path, require_timing_cache=True)
     with pytest.raises(BuildError, match="does not fit"):
-        required = BuildOptions(timing_cache=path, require_timing_cache=True)
         timing_cache.attach(config, TRT, required, config.messages)
 
 
