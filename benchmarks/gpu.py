@@ -8,10 +8,10 @@
 
 Without a word it does all of them, without what needs torch where torch is missing. Everything lies in
 benchmarks/.work/gpu or in --folder, which may be carried from one machine to another between the steps; what is there
-already is not made again. Builders time kernels on the GPU, in turns: nine at a time on one H100 took six times as
-long each as one alone. Two (--jobs 2) keep it busy.
+already is not made again. Builders take turns on the GPU (nine at a time on one H100 took six times as long each as
+one alone), so that more jobs (--jobs) overlap only what the CPU does.
 
-The ImageNet networks have random weights: their times are those of trained ones, their accuracy says nothing beyond
+The networks for ImageNet have random weights: their times are those of trained ones, their accuracy says nothing beyond
 the distance to PyTorch. The accuracy of INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's
 digits.
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ sys.path.insert(0, str(HERE.parent))
 
 LEGACY_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Of TensorRT 8.5: those that need no cuBLAS and cuDNN, which newer machines do not have in its versions."""
+CUBLAS_SOURCES = ("CUBLAS", "CUBLAS_LT")
 
 
 INPUT = "x"
@@ -94,7 +96,7 @@ NETWORKS = (
         "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=(*_DYNAMIC, "memory")
     ),
     Network(
-        "mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+        "mobilenet_v3_small", "networks:imagenet_mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
     ),
     Network(
         "vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
@@ -230,8 +232,18 @@ def _sources() -> list[str]:
     from gpuopt import environment
 
     version = environment.tensorrt_version()
-    legacy = version is not None and version[0] == 8
-    return ["--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]"] if legacy else []
+    if version is None or version[0] != 8:
+        return []
+    sources = (*LEGACY_SOURCES, *(CUBLAS_SOURCES if _has_cublas() else ()))
+    return ["--set", f"build.tactic_sources=[{', '.join(sources)}]"]
+
+
+def _has_cublas() -> bool:
+    """Whether cuBLAS 11 is here, and more than a stub of it for the linker; transformers need it in TensorRT 8.5."""
+    try:
+        return int(ctypes.CDLL("libcublasLt.so.11").cublasLtGetVersion()) > 110000
+    except OSError:
+        return False
 
 
 def _builds(bench: Bench) -> list[tuple[int, Callable[[], object]]]:
@@ -584,8 +596,8 @@ def main() -> None:
         return
     networks = tuple(network for network in NETWORKS if network.name in (options.network or names))
     groups = tuple(options.group or ("auto", "race", "distance", "accuracy", "bench", "profile"))
-    baselines = tuple(options.baseline or ())
-    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, baselines)
+    kinds = tuple(options.baseline or ())
+    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds)
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
         "tables": tables,
