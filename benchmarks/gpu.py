@@ -63,6 +63,8 @@ class Network:
         auto: whether `--precision auto` is run on it; its candidates are then compiled from the FP32 graph.
         baselines: whether PyTorch's times are taken.
         bench: groups of `gpuopt bench`.
+        jit: whether TensorRT 8.5 may compile convolutions; with many small ones that kept it busy for 9 minutes, the
+            GPU idle.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Network:
     auto: bool = False
     baselines: bool = False
     bench: tuple[str, ...] = ()
+    jit: bool = True
 
     def shapes(self) -> list[str]:
         """Flags of the shape profile."""
@@ -96,7 +99,8 @@ NETWORKS = (
         "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=(*_DYNAMIC, "memory")
     ),
     Network(
-        "mobilenet_v3_small", "networks:imagenet_mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+        "mobilenet_v3_small", "networks:imagenet_mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC,
+        jit=False,
     ),
     Network(
         "vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
@@ -104,7 +108,7 @@ NETWORKS = (
     Network("digits-resnet18", "networks:resnet18", (3, 32, 32), (1, 64, 64), "resnet18", native=True),
     Network(
         "digits-mobilenet_v3_small", "networks:mobilenet_v3_small", (3, 32, 32), (1, 64, 64), "mobilenet_v3_small",
-        native=True,
+        native=True, jit=False,
     ),
 )  # fmt: skip
 BESIDE = "mobilenet_v3_small/onnx-int8.gpuopt/model.tensorrt.engine"
@@ -140,6 +144,7 @@ def run(command: Sequence[str | Path], log: Path) -> str:
         [str(word) for word in command], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(" ".join(map(str, command)) + "\n" + done.stderr + done.stdout)
     last = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     say(f"{log.parent.name}/{log.stem}: {time.monotonic() - started:.0f} s, code {done.returncode} {' '.join(last)}")
@@ -228,13 +233,14 @@ def build(bench: Bench) -> None:
     together(bench.jobs, [step for _, step in sorted(_builds(bench), key=lambda entry: entry[0])])
 
 
-def _sources() -> list[str]:
+def _sources(network: Network) -> list[str]:
     from gpuopt import environment
 
     version = environment.tensorrt_version()
     if version is None or version[0] != 8:
         return []
-    sources = (*LEGACY_SOURCES, *(CUBLAS_SOURCES if _has_cublas() else ()))
+    legacy = LEGACY_SOURCES if network.jit else LEGACY_SOURCES[:1]
+    sources = (*legacy, *(CUBLAS_SOURCES if _has_cublas() else ()))
     return ["--set", f"build.tactic_sources=[{', '.join(sources)}]"]
 
 
@@ -276,7 +282,14 @@ def _passed(told: Path) -> bool:
 def _build_bundle(bench: Bench, network: Network, precision: str) -> None:
     told = bench.home(network) / f"build-{precision}.json"
     if (bench.home(network) / f"{precision}.gpuopt").is_dir() and not _passed(told):
-        asked = ("build", bench.home(network) / f"{precision}.gpuopt", "-t", "tensorrt", *_NO_LIMITS, *_sources())
+        asked = (
+            "build",
+            bench.home(network) / f"{precision}.gpuopt",
+            "-t",
+            "tensorrt",
+            *_NO_LIMITS,
+            *_sources(network),
+        )
         text = run(gpuopt(*asked, "--cache-dir", bench.folder / "cache", "--json"), told.with_suffix(".log"))
         told.write_text(text)
 
@@ -294,7 +307,7 @@ def compile_onnx(bench: Bench, network: Network, precision: str) -> None:
         gpuopt(
             "compile", home / "fp32.gpuopt/model.onnx", "-p", asked, *quantizer, "-t", "tensorrt",
             "-o", home / f"onnx-{precision}.gpuopt", *network.shapes(), "-c", home / SAMPLES,
-            *_NO_LIMITS, *checks, *_sources(), "--cache-dir", bench.folder / "cache", "--json",
+            *_NO_LIMITS, *checks, *_sources(network), "--cache-dir", bench.folder / "cache", "--json",
         ),
         told.with_suffix(".log"),
     )  # fmt: skip
@@ -501,6 +514,18 @@ def render(found: Mapping[str, Any]) -> str:
         "lowest SQNR against PyTorch over all corners, dB",
     )
     parts += ["## Engines in turn, as CUDA graphs", _table(head, engines)]
+    rows = [row for name, entries in found.items() for row in _auto_rows(name, entries)]
+    if rows:
+        head = (
+            "network",
+            "batch",
+            "candidate",
+            "ms",
+            "lowest to highest",
+            "lowest SQNR against the ONNX, dB",
+            "shipped",
+        )
+        parts += ["## `--precision auto`: its candidates in turn, as CUDA graphs", _table(head, rows)]
     rows = [row for name, entries in found.items() for row in _accuracy_rows(name, entries)]
     if rows:
         head = ("network", "engine", "accuracy", "same answer as FP32", "SQNR of the logits, dB")
@@ -545,6 +570,18 @@ def _engine_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]
             )
         )  # fmt: skip
     return rows
+
+
+def _auto_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    race = (entries.get("compile-auto") or {}).get("race") or {}
+    return [
+        (
+            name, str(entries["batch"]), one["name"], f"{one['milliseconds']:.3f}",
+            f"{one['lowest']:.3f} to {one['highest']:.3f}", f"{one['lowest_sqnr_db']:.1f}",
+            "yes" if one["name"] == race["chosen"] else "",
+        )
+        for one in race.get("candidates", ()) if one["milliseconds"] is not None
+    ]  # fmt: skip
 
 
 def _accuracy_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]:

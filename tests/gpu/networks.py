@@ -20,7 +20,9 @@ CHANNELS = 32
 CLASSES = 10
 
 
-def residual_network(size: int = 32, batch: int | str = "batch", seed: int = 0) -> onnx.ModelProto:
+def residual_network(
+    size: int = 32, batch: int | str = "batch", seed: int = 0, channels: int = CHANNELS
+) -> onnx.ModelProto:
     """Conv, residual block, average, Gemm over images; FP32."""
     generator = np.random.default_rng(seed)
 
@@ -42,9 +44,9 @@ def residual_network(size: int = 32, batch: int | str = "batch", seed: int = 0) 
         helper.make_node("Gemm", ["f", "w3", "b3"], ["logits"], "head", transB=1),
     ]
     weights = [
-        weight("w0", CHANNELS, 3, 3, 3), weight("b0", CHANNELS), weight("w1", CHANNELS, CHANNELS, 3, 3),
-        weight("b1", CHANNELS), weight("w2", CHANNELS, CHANNELS, 3, 3), weight("b2", CHANNELS),
-        weight("w3", CLASSES, CHANNELS), weight("b3", CLASSES),
+        weight("w0", channels, 3, 3, 3), weight("b0", channels), weight("w1", channels, channels, 3, 3),
+        weight("b1", channels), weight("w2", channels, channels, 3, 3), weight("b2", channels),
+        weight("w3", CLASSES, channels), weight("b3", CLASSES),
     ]  # fmt: skip
     graph = helper.make_graph(
         nodes, "residual",
