@@ -459,8 +459,10 @@ def _whisper() -> nn.Module:
     from transformers import WhisperConfig, WhisperModel
 
     options = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
-    config = WhisperConfig(**options, decoder_layers=1, decoder_attention_heads=4, max_source_positions=32, num_mel_bins=16, vocab_size=200,
-                           pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+    config = WhisperConfig(
+        **options, decoder_layers=1, decoder_attention_heads=4, max_source_positions=32, num_mel_bins=16,
+        vocab_size=200, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
     return Values(_trained(WhisperModel(config).encoder, ()), "input_features")
 
 

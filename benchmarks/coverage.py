@@ -241,7 +241,12 @@ def interleaved(keys: Sequence[str]) -> list[str]:
     for key in keys:
         queues.setdefault(ARCHITECTURES[key].source, []).append(key)
     longest = max((len(queue) for queue in queues.values()), default=0)
-    return [queue[i * len(queue) // longest] for i in range(longest) for queue in queues.values() if _is_next(queue, i, longest)]
+    return [
+        queue[i * len(queue) // longest]
+        for i in range(longest)
+        for queue in queues.values()
+        if _is_next(queue, i, longest)
+    ]
 
 
 def _is_next(queue: Sequence[str], step: int, steps: int) -> bool:
@@ -432,9 +437,10 @@ def main() -> None:
     if options.peers:
         measure_peers(sample(keys, options.sample), bench)
     memory = psutil.virtual_memory().total / 2**30
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
     about = {
         "command": "python benchmarks/coverage.py --peers",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}",
+        "machine": machine,
         "versions": {package: _version_of(package) for package in PACKAGES},
     }
     text = "\n".join(lines_of(keys, bench, about)) + "\n"

@@ -725,6 +725,71 @@ def profile(
 
 
 @app.command()
+def reduce(
+    subject: Annotated[Path, typer.Argument(help="ONNX file, or the folder MODEL.gpuopt.failed.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="FILE|optimized",
+            help="Reduce a difference: to another ONNX graph of the model, or to ONNX Runtime's optimized one.",
+        ),
+    ] = None,
+    target: Annotated[
+        TargetChoice | None, typer.Option("--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX]")
+    ] = None,
+    inputs: InputOption = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    settings: SetOption = None,
+    min_cosine: Annotated[float, typer.Option("--min-cosine", help="With --against: outputs below differ.")] = 0.99,
+    min_sqnr: Annotated[
+        float, typer.Option("--min-sqnr", metavar="DB", help="With --against: outputs below differ.")
+    ] = 20.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="For all tries.")] = 60.0,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Leave the model's weights in it; else they are random.")
+    ] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Try the graph of a failure again; ends as the failure did.")
+    ] = False,
+    plugins: PluginFlag = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. [default: MODEL.failure, or failure/ in the subject]")
+    ] = None,
+    cache_dir: CacheOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Find the smallest graph that still fails, or still differs, and the command that replays it."""
+    from gpuopt import request
+    from gpuopt.reduction import command
+
+    flags = request.Flags(
+        inputs=tuple(inputs or ()),
+        min_shapes=tuple(min_shapes or ()),
+        opt_shapes=tuple(opt_shapes or ()),
+        max_shapes=tuple(max_shapes or ()),
+        target=(target.value,) if target else (),
+        plugins=tuple(map(str, plugins or ())),
+    )
+    if replay:
+        command.replay(subject, plugins or (), seconds, _progress(quiet))
+        return
+    wish = command.wish(seconds, keep_weights, against, min_cosine, min_sqnr)
+    asked = command.Request(subject, command.recipe_of(subject, flags, settings or []), against, output, wish)
+    with request.open_cache(cache_dir, False) as store:
+        answer = command.reduce(asked, store, _progress(quiet))
+    if as_json:
+        import json
+
+        _answer(json.dumps(answer.document, indent=2))
+    elif not quiet:
+        typer.echo(command.render(answer, _shown(answer.folder)))
+
+
+@app.command()
 def schema(
     document: Annotated[DocumentChoice, typer.Argument(help="Which document.")] = DocumentChoice.report,
 ) -> None:

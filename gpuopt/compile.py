@@ -42,6 +42,7 @@ from gpuopt.provenance.origin import (
     text_hashes,
 )
 from gpuopt.recipe import Recipe, load, resolve
+from gpuopt.reduction import command as reduction
 from gpuopt.report.documents import documents
 from gpuopt.report.model import (
     BenchmarkReport,
@@ -200,7 +201,8 @@ def compile_model(
             _write(destination, recipe, runner, report)
             bundle.remove(failed_folder(destination))
         elif runner is not None:
-            _write(failed_folder(destination), recipe, runner, report)
+            with reduction.kept(recipe, runner, error, progress) as reduced:
+                _write(failed_folder(destination), recipe, runner, report, reduced)
     except GpuoptError as failure:
         if error is None:
             error = failure
@@ -485,8 +487,10 @@ def not_run(target: str) -> str:
     return f"not run here: {missing}" if missing else "not run: verify.enabled is false"
 
 
-def _write(destination: Path, recipe: Recipe, runner: Runner | None, report: Report) -> None:
-    files: dict[str, Path] = {}
+def _write(
+    destination: Path, recipe: Recipe, runner: Runner | None, report: Report, further: Mapping[str, Path] | None = None
+) -> None:
+    files: dict[str, Path] = dict(further or {})
     whole = runner is not None and runner.at_work is None
     if runner is not None and whole:
         graph, stored = runner.artifact("onnx"), runner.artifact("reference")

@@ -162,6 +162,13 @@ class SignatureError(GpuoptError):
     kind = "signature"
 
 
+class ReductionError(GpuoptError):
+    """`gpuopt reduce`: there is nothing to reduce: it does not fail here, or does not differ."""
+
+    exit_code = 20
+    kind = "reduction"
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 KINDS: tuple[type[GpuoptError], ...] = (
@@ -182,6 +189,7 @@ KINDS: tuple[type[GpuoptError], ...] = (
     RegressionError,
     ComparisonError,
     SignatureError,
+    ReductionError,
 )
 
 

@@ -375,6 +375,13 @@ class GatesSection(Section):
     max_calibration_warnings: int | None = Field(None, ge=0, description="Findings about the calibration data.")
 
 
+class FailureSection(Section):
+    """What is kept of a stage that fails inside a library, in `MODEL.gpuopt.failed/failure/`."""
+
+    seconds: float = Field(60, ge=0, description="For finding the smallest graph that still fails; 0: none.")
+    keep_weights: bool = Field(False, description="Leave the model's weights in it; else they are random.")
+
+
 class OutputSection(Section):
     directory: str | None = Field(None, description="Bundle folder; empty: <model>.gpuopt beside the model.")
 
@@ -402,6 +409,7 @@ class Recipe(Section):
     benchmark: BenchmarkSection = BenchmarkSection()
     gates: GatesSection = GatesSection()
     output: OutputSection = OutputSection()
+    failure: FailureSection = FailureSection()
 
     @model_validator(mode="after")
     def _format_fits_target(self) -> Recipe:

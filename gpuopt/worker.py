@@ -78,6 +78,11 @@ class Worker:
                 raise failure
             getattr(context.progress, kind)(*content)
 
+    def kill(self) -> None:
+        """End the process while another thread waits in `run`, which raises then."""
+        if self._process is not None:
+            self._process.kill()
+
     def stop(self) -> None:
         """End the process at once."""
         if self._pipe is not None:
