@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gpuopt.reduction.subgraph import Piece
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\{[^{}]*\}|\[[^\[\]]*\]")
-_MOST_CHARACTERS = 100
+_MOST_CHARACTERS = 200
 
 BY_PIPELINE = ("simplify", "equalize", "calibrate", "choose", "quantize", "correct", "cast", "verify")
 """Stages that are tried by running the pipeline up to them, on random data."""
