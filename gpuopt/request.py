@@ -37,6 +37,12 @@ class Flags:
     min_shapes: tuple[str, ...] = ()
     opt_shapes: tuple[str, ...] = ()
     max_shapes: tuple[str, ...] = ()
+    input_layout: tuple[str, ...] = ()
+    output_layout: tuple[str, ...] = ()
+    input_dtype: tuple[str, ...] = ()
+    mean: str | None = None
+    std: str | None = None
+    scale: str | None = None
     calibration_data: str | None = None
     calibration_method: str | None = None
     calibration_samples: int | None = None
@@ -92,6 +98,12 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "build.target": list(flags.target) or None,
         "build.enabled": False if flags.no_build else None,
         "build.compute_capability": list(flags.compute_capability) or None,
+        "layout.input": _by_tensor("--input-layout", flags.input_layout),
+        "layout.output": _by_tensor("--output-layout", flags.output_layout),
+        "layout.input_dtype": _by_tensor("--input-dtype", flags.input_dtype),
+        "layout.mean": _numbers("--mean", flags.mean),
+        "layout.std": _numbers("--std", flags.std),
+        "layout.scale": flags.scale,
         "calibrate.data": flags.calibration_data,
         "calibrate.method": flags.calibration_method,
         "calibrate.samples": flags.calibration_samples,
@@ -280,6 +292,33 @@ def _latencies(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise UsageError(f"--max-latency '{text}' is no percentile and time", "Write it as p99=5ms.") from None
     return found
+
+
+def _by_tensor(flag: str, texts: Sequence[str]) -> str | dict[str, str] | None:
+    """`nhwc` for all tensors, or `NAME=nhwc` for each that is named.
+
+    Raises:
+        UsageError: both, or a tensor twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        if name in found:
+            of = f"'{name}'" if name else "all tensors"
+            raise UsageError(f"{flag} is given twice for {of}", "Give it once for each tensor.")
+        found[name] = value
+    if "" in found and len(found) > 1:
+        raise UsageError(f"{flag} is given for all tensors and for some", "Name each tensor, or none.")
+    return found.get("", found or None)
+
+
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} '{text}' is no list of numbers", f"Write {flag} 0.485,0.456,0.406.") from None
 
 
 def _io_formats(texts: Sequence[str]) -> dict[str, str]:

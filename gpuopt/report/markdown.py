@@ -186,7 +186,7 @@ def _race(report: Report) -> str:
 
 
 def _interface(report: Report) -> str:
-    facts = report.facts("export")
+    facts = report.interface()
     if "inputs" not in facts:
         return ""
     rows = [
@@ -199,7 +199,8 @@ def _interface(report: Report) -> str:
         for entry in facts["outputs"]
     ]
     head = ("input", "dtype", "smallest", "tuned for", "largest")
-    return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(outputs)])
+    lines = [*outputs, *(f"- {escaped(line)}" for line in layout_lines(report))]
+    return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(lines)])
 
 
 def _precision(report: Report) -> str:
@@ -238,6 +239,37 @@ def _method(report: Report) -> str:
         return str(report.facts("calibrate")["method"])
     figures = ", ".join(f"{m} {'-' if db is None else f'{db:.1f}'}" for m, db in chosen["sqnr_db"].items())
     return f"{chosen['method']} (auto; SQNR in dB on {chosen['samples']} samples: {figures})"
+
+
+def layout_lines(report: Report) -> list[str]:
+    """What the deployed form cost the graph, a line each; empty where it is the original's."""
+    facts = report.facts("layout")
+    if not facts:
+        return []
+    moved = facts["transposes"]
+    lines = []
+    if moved["inserted"]:
+        own = f"{moved['own']} of the model's own, " if moved["own"] else ""
+        why = f" ({moved['reason']})" if moved["reason"] else ""
+        lines.append(
+            f"Transposes: {own}{moved['inserted']} inserted, {moved['cancelled']} cancelled, {moved['left']} left{why}"
+        )
+    for name, where in facts["normalization"].items():
+        places = [
+            f"scale / std {_place(where['factor'])}" if where["factor"] else "",
+            f"mean / scale {_place(where['center'])}" if where["center"] else "",
+        ]
+        told = ", ".join(place for place in places if place) or "nothing to do"
+        lines.append(f"Bytes of {name}: {told}" + (f": {where['reason']}" if where["reason"] else ""))
+    worst = facts["largest_difference"]
+    same = "bit for bit" if worst == 0 else f"up to {worst:.1e} of an output's largest value"
+    lines.append(f"The graph in this form computes what the original graph does, {same}")
+    return lines
+
+
+def _place(where: str) -> str:
+    """`weights` and `bias` are of the first Conv, anything else is a node."""
+    return f"in the first Conv's {where}" if where in ("weights", "bias") else f"in a {where}"
 
 
 def channel_changes(report: Report) -> list[str]:

@@ -170,6 +170,10 @@ class Report(_Part):
     environment: dict[str, Any]
     seconds: float
 
+    def interface(self) -> dict[str, Any]:
+        """`inputs` and `outputs` of the deployed model; empty where no stage said them."""
+        return self.facts("layout") or self.facts("export")
+
     def facts(self, stage: str) -> dict[str, Any]:
         """What a stage said; empty if it did not run."""
         return next((s.facts for s in self.stages if s.name == stage), {})

@@ -28,7 +28,7 @@ from gpuopt.report.blocks import (
     some,
     table,
 )
-from gpuopt.report.markdown import channel_changes, format_bytes
+from gpuopt.report.markdown import channel_changes, format_bytes, layout_lines
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
 from gpuopt.tolerance import Limits, problem
 
@@ -136,7 +136,7 @@ def _built(report: Report) -> Section | None:
         blocks.append(
             Text("Verified: its outputs were compared with the original model's here. Built: it was not run here.")
         )
-    facts = report.facts("export")
+    facts = report.interface()
     if "inputs" in facts:
         heads = ["name", "direction", "dtype", "smallest", "tuned for", "largest"]
         rows = [
@@ -149,6 +149,8 @@ def _built(report: Report) -> Section | None:
             for entry in facts["outputs"]
         ]
         blocks.append(table("Inputs and outputs", heads, rows))
+    if lines := layout_lines(report):
+        blocks.append(Bullets(tuple(lines)))
     return Section("built", "What was built", tuple(blocks))
 
 

@@ -35,7 +35,7 @@ def render(report: Report, folder: str) -> str:
             f"latency      {one.file}: p50 {one.latency_p50_ms.value:.3f} ms, p99 {one.latency_p99_ms.value:.3f} ms, "
             f"{one.throughput_samples_per_second.value:.0f} samples/s at batch {one.batch}"
         )
-    for entry in report.facts("export").get("inputs", []):
+    for entry in report.interface().get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
             lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")
