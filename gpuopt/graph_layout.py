@@ -5,9 +5,13 @@ The Cast comes first since TensorRT lets nothing else read bytes; arithmetic com
 constant a channel is broadcast over whole rows.
 
 Where every reader of the input is a Conv with constant weights, the factor scale / std goes into those weights. The
-centre mean / scale goes into their biases only if no Conv pads and nothing becomes INT8. With padding, the zeros
-around the normalised image stand for the centre, which differs from channel to channel, and no bias can say so; and
-INT8 without zero point wants values around zero: of 0 to 255 it would leave half its levels unused.
+centre mean / scale goes into their biases only if no Conv pads: with padding, the zeros around the normalised image
+stand for the centre, which differs from channel to channel, and no bias can say so.
+
+INT8 without zero point wants values around zero: of 0 to 255 it leaves half its levels unused. So in front of INT8 a
+padding Conv gets the bytes less their centre, another one the bytes less 128, which with the scale 1 are INT8 without
+any loss, and the rest of the centre in its bias. SQNR of the logits of networks trained on digits, the first layer
+alone in INT8: raw bytes 23.7 to 49.8 dB, centred 29.8 to 52.1 (as normalised and not folded), less 128 30.1 to 59.3.
 
 Transposes are moved and cancelled by ONNX Runtime's own transpose optimizer, everything else in it switched off. What
 it gives is taken only if no other node has changed and Transposes have become fewer.
@@ -59,6 +63,8 @@ _OTHER_OPTIMIZERS = (
     "WeightBiasQuantization",
 )
 """Of ONNX Runtime's first level, all but `TransposeOptimizer`."""
+MIDDLE = 128.0
+"""What bytes are less by to be INT8."""
 _MOVES = {"Transpose", "Squeeze", "Unsqueeze", "Reshape", "Gather", "Identity"}
 """Operators that the transpose optimizer adds."""
 
@@ -71,7 +77,7 @@ class Normalized:
 
     Attributes:
         factor: `weights`, `Mul` (a node), or empty where it is 1.
-        center: `bias`, `Sub` (a node), or empty where it is 0.
+        center: `bias`, `Sub` (a node), `Sub, bias` (128 and the rest), or empty where it is 0.
         reason: why it is not all in the weights; empty if it is.
     """
 
@@ -108,13 +114,13 @@ class Transposes:
 
 
 def set_form(
-    model: onnx.ModelProto, inputs: Mapping[str, TensorForm], outputs: Mapping[str, TensorForm], centered: bool
+    model: onnx.ModelProto, inputs: Mapping[str, TensorForm], outputs: Mapping[str, TensorForm], for_int8: bool
 ) -> dict[str, Normalized]:
     """Give a graph's inputs and outputs the deployed form; the names stay.
 
     Args:
         model: changed in place; its inputs and outputs are in the original's form.
-        centered: keep the Sub in front of a Conv although its bias could take it: for INT8.
+        for_int8: what Convs read has to lie around zero.
 
     Returns:
         Where the normalisation of each input of bytes went.
@@ -133,7 +139,7 @@ def set_form(
                 if output.name == inner:  # an input passed through
                     output.name = name
             front = _Front(model, name, inner, value.type.tensor_type.elem_type, used)
-            normalized = front.build(form, centered)
+            normalized = front.build(form, for_int8)
             if normalized is not None:
                 found[name] = normalized
             _set_shape(value, form)
@@ -176,7 +182,7 @@ class _Front:
         value = next(value for value in model.graph.input if value.name == name)
         self._rank = len(value.type.tensor_type.shape.dim)
 
-    def build(self, form: TensorForm, centered: bool) -> Normalized | None:
+    def build(self, form: TensorForm, for_int8: bool) -> Normalized | None:
         steps: list[tuple[str, str, dict[str, Any], _Array | None]] = []
         normalized = None
         if form.normalization:
@@ -185,7 +191,7 @@ class _Front:
             last = self._rank - 1
             steps.append(("Transpose", "channels_first", {"perm": [0, last, *range(1, last)]}, None))
         if form.normalization:
-            normalized, constants = self._normalize(form.normalization, centered)
+            normalized, constants = self._normalize(form.normalization, for_int8)
             steps += [(op_type, op_type.lower(), {}, value) for op_type, value in constants]
         self._append(steps)
         return normalized
@@ -205,36 +211,34 @@ class _Front:
             self._graph.node.insert(index, node)
             at = output
 
-    def _normalize(self, asked: Normalization, centered: bool) -> tuple[Normalized, list[tuple[str, _Array]]]:
+    def _normalize(self, asked: Normalization, for_int8: bool) -> tuple[Normalized, list[tuple[str, _Array]]]:
         """Fold what can be folded; what is left as nodes, by operator."""
         factor, center = asked.factor(), asked.center()
         convs, reason = self._readers()
-        in_weights = bool(convs) and bool(np.any(factor != 1))
-        if in_weights:
-            for conv in convs:
-                self._scale_weights(conv, factor)
-        is_zero = not np.any(center)
         padded = next((conv.name for conv in convs if _pads(conv)), None)
-        in_bias = bool(convs) and padded is None and not centered and not is_zero
-        if in_bias:
-            for conv in convs:
-                self._shift_bias(conv, center)
-        elif convs and not is_zero:
-            reason = (
-                f"'{padded}' pads with the zeros of the normalised image"
-                if padded is not None
-                else "INT8 wants values around zero"
-            )
         left: list[tuple[str, _Array]] = []
-        if not is_zero and not in_bias:
+        has_factor, has_center = bool(np.any(factor != 1)), bool(np.any(center))
+        for conv in convs:
+            self._scale_weights(conv, factor)
+        if convs and padded is None and (has_center or for_int8):
+            subtracted = np.full_like(center, MIDDLE if for_int8 else 0.0)
+            for conv in convs:
+                self._shift_bias(conv, center - subtracted)
+            if for_int8:
+                left.append(("Sub", subtracted))
+            where = "Sub, bias" if for_int8 else "bias"
+            reason = "INT8 wants values around zero: of bytes less 128 it loses nothing" if for_int8 else ""
+        elif has_center:
             left.append(("Sub", center))
-        if np.any(factor != 1) and not in_weights:
+            where = "Sub"
+            reason = f"'{padded}' pads with the zeros of the normalised image" if padded is not None else reason
+        else:
+            where = ""
+        if has_factor and not convs:
             left.append(("Mul", factor))
-        elif not left and not convs and not np.any(factor != 1):
+        elif not has_factor and not has_center and not left:
             reason = ""
-        where_factor = "weights" if in_weights else "Mul" if np.any(factor != 1) else ""
-        where_center = "" if is_zero else "bias" if in_bias else "Sub"
-        return Normalized(where_factor, where_center, reason), left
+        return Normalized("weights" if has_factor and convs else "Mul" if has_factor else "", where, reason), left
 
     def _readers(self) -> tuple[list[onnx.NodeProto], str]:
         """The Convs that read the input, if nothing else does; else none, and why."""
@@ -295,6 +299,23 @@ def _pads(conv: onnx.NodeProto) -> bool:
     attributes = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
     automatic = attributes.get("auto_pad", b"NOTSET")
     return automatic not in (b"NOTSET", b"VALID") or any(attributes.get("pads", ()))
+
+
+def exact_int8_tensors(model: onnx.ModelProto) -> list[str]:
+    """Tensors that are bytes less 128: with the scale 1 they are INT8 without any loss."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    casts = {
+        node.output[0] for node in model.graph.node if node.name.startswith(f"{PREFIX}/") and node.op_type == "Cast"
+    }
+    moved = {n.output[0] for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in casts}
+    return [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "Sub"
+        and node.input[0] in casts | moved
+        and node.input[1] in constants
+        and bool(np.all(numpy_helper.to_array(constants[node.input[1]]) == MIDDLE))
+    ]
 
 
 def transposes(model: onnx.ModelProto) -> int:

@@ -268,8 +268,10 @@ def layout_lines(report: Report) -> list[str]:
 
 
 def _place(where: str) -> str:
-    """`weights` and `bias` are of the first Conv, anything else is a node."""
-    return f"in the first Conv's {where}" if where in ("weights", "bias") else f"in a {where}"
+    """What `graph_layout.Normalized` says, in words."""
+    places = {"weights": "in the first Conv's weights", "bias": "in the first Conv's bias",
+              "Sub, bias": "128 in a Sub, the rest in the first Conv's bias"}  # fmt: skip
+    return places.get(where, f"in a {where}")
 
 
 def channel_changes(report: Report) -> list[str]:

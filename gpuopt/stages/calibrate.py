@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx
 
-from gpuopt import onnx_model
+from gpuopt import graph_layout, onnx_model
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.onnxruntime import execution_providers
 from gpuopt.calibration import data_checks, first_layers, ranges, reuse
-from gpuopt.calibration.collectors import RangeCollector
+from gpuopt.calibration.collectors import RangeCollector, TensorRange
 from gpuopt.calibration.data_checks import DataChecks, Finding
 from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.readers.images import ImageFolder
@@ -83,13 +83,16 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
         "equalized": equalization.mark_of(model),
     }
     folder = context.made("ranges")
+    # Whatever bytes the data have: these are INT8 already, and with the scale 1 nothing is lost.
+    exact = {name: TensorRange(-127.0, 127.0, "bytes") for name in graph_layout.exact_int8_tensors(model)}
+    exact = {name: known for name, known in exact.items() if name in found.ranges}
     if undecided:
         for candidate in ranges.METHODS_TO_CHOOSE_FROM:
             found_by = collector.ranges(candidate)
-            ordered = {name: found_by[name] for name in found.ranges}
+            ordered = {name: exact.get(name, found_by[name]) for name in found.ranges}
             ranges.save(folder / ranges.candidate_file(candidate), ordered, {**about, "method": candidate})
     else:
-        ranges.save(folder / ranges.RANGES_FILE, found.ranges, about)
+        ranges.save(folder / ranges.RANGES_FILE, {**found.ranges, **exact}, about)
     warnings = []
     if isinstance(reader, ImageFolder) and settings.images is None and not reader.gives_bytes:
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")

@@ -14,7 +14,7 @@ from tests.conftest import Gpuopt
 
 torch = pytest.importorskip("torch")
 
-NETWORK = '''
+NETWORK = """
 import torch
 from torch import nn
 
@@ -41,7 +41,7 @@ def make():
 def patches():
     torch.manual_seed(0)
     return Net(4, 4, 0).eval()
-'''
+"""
 BYTES = (
     "--input-layout", "nhwc", "--input-dtype", "uint8", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
 )  # fmt: skip
@@ -117,7 +117,7 @@ def test_the_first_convolution_of_bytes_is_in_int8_and_centred(here: Path, gpuop
     assert [makers[name].op_type for name in first.input[:2]] == ["DequantizeLinear", "DequantizeLinear"]
 
 
-@pytest.mark.parametrize(("precision", "center"), [("fp32", "bias"), ("int8", "Sub")])
+@pytest.mark.parametrize(("precision", "center"), [("fp32", "bias"), ("int8", "Sub, bias")])
 def test_what_pads_nothing_takes_the_centre_into_its_bias(
     precision: str, center: str, here: Path, gpuopt: Gpuopt
 ) -> None:
@@ -126,6 +126,11 @@ def test_what_pads_nothing_takes_the_centre_into_its_bias(
     assert result.code == 0, result.stderr
     facts = next(s["facts"] for s in json.loads(result.stdout)["stages"] if s["name"] == "layout")
     assert facts["normalization"]["image"]["center"] == center
+    if precision == "int8":
+        graph = onnx.load("out.gpuopt/model.onnx").graph
+        first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+        scale = next(tensor for tensor in graph.initializer if tensor.name == first.input[1])
+        assert onnx.numpy_helper.to_array(scale) == 1.0
 
 
 def test_data_in_the_original_form_are_refused(here: Path, gpuopt: Gpuopt) -> None:
@@ -146,9 +151,7 @@ def test_data_in_the_original_form_are_refused(here: Path, gpuopt: Gpuopt) -> No
         (("--input-dtype", "uint8", "--mean", "0.5,0.5"), "2 numbers, input 'image' has 3 channels"),
     ],
 )
-def test_what_cannot_be_is_a_mistake_of_usage(
-    flags: tuple[str, ...], message: str, here: Path, gpuopt: Gpuopt
-) -> None:
+def test_what_cannot_be_is_a_mistake_of_usage(flags: tuple[str, ...], message: str, here: Path, gpuopt: Gpuopt) -> None:
     result = gpuopt("compile", "net:make", "-p", "fp32", *SHAPES, *flags, "-t", "onnxruntime", "-o", "out.gpuopt")
     assert result.code == 2, result.stderr
     assert message in result.stderr

@@ -54,7 +54,10 @@ def test_specs_and_profiles_have_their_channels_last() -> None:
     forms = deployed_form.input_forms(asked(input={"image": "nhwc"}, input_dtype={"image": "uint8"}), [IMAGE, MASK])
     assert forms["image"].spec(IMAGE) == TensorSpec("image", "uint8", ("batch", 8, 6, 3))
     assert forms["mask"].spec(MASK) == MASK
-    profile = {"image": ShapeRange((1, 3, 8, 6), (2, 3, 8, 6), (4, 3, 8, 6)), "mask": ShapeRange((1, 4), (2, 4), (4, 4))}
+    profile = {
+        "image": ShapeRange((1, 3, 8, 6), (2, 3, 8, 6), (4, 3, 8, 6)),
+        "mask": ShapeRange((1, 4), (2, 4), (4, 4)),
+    }
     (found,) = deployed_form.profiles(forms, [profile])
     assert found["image"] == ShapeRange((1, 8, 6, 3), (2, 8, 6, 3), (4, 8, 6, 3))
     assert found["mask"] == profile["mask"]
@@ -91,7 +94,10 @@ def test_an_output_without_channels_is_refused() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros((1, 3, 8, 6), np.float32), "float32 1x3x8x6, in the original model's form; .* bytes .*, channels last"),
+        (
+            np.zeros((1, 3, 8, 6), np.float32),
+            "float32 1x3x8x6, in the original model's form; .* bytes .*, channels last",
+        ),
         (np.zeros((1, 8, 6, 3), np.float32), "in the original model's form"),
         (np.zeros((1, 3, 8, 6), np.uint8), "uint8 1x3x8x6, in the original model's layout"),
         (np.zeros((1, 8, 6, 4), np.uint8), "other channels than mean and std"),
