@@ -356,7 +356,9 @@ def compile(  # noqa: A001 - the command's name
     io_formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--io-format", metavar="NAME=DTYPE:FORMAT", help="Of an input or output, as image=fp16:hwc8; repeatable."
+            "--io-format",
+            metavar="NAME=DTYPE:FORMAT",
+            help="Of an input or output, as image=fp16:hwc8, repeatable; or auto: the fastest.",
         ),
     ] = None,
     benchmark: Annotated[

@@ -33,6 +33,7 @@ from gpuopt.storage import storage_errors
 MAX_RECIPE_BYTES = 1 << 20
 FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
+AUTO = "auto"
 Target = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Precision = Literal["int8", "fp16", "fp32"]
 AskedPrecision = Literal["auto", "int8", "fp16", "fp32"]
@@ -393,8 +394,9 @@ class BuildSection(Section):
     dla_core: int | None = Field(None, ge=0, description="The DLA core that takes what it can.")
     tf32: bool = Field(True, description="FP32 may multiply with TF32's ten bits of mantissa, as TensorRT does.")
     sparsity: bool = Field(False, description="2:4 sparsity where the weights have it.")
-    io_formats: dict[str, str] = Field(
-        default_factory=dict, description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32."
+    io_formats: dict[str, str] | Literal["auto"] = Field(
+        default_factory=dict,
+        description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32; auto: the fastest, by measurement.",
     )
     legacy: bool | None = Field(
         None, description="For TensorRT 8.5 and 8.6: opset 17, FP16 by builder flags; empty: as the TensorRT here is."

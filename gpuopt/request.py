@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gpuopt import environment
 from gpuopt.cache import Cache, default_folder
 from gpuopt.errors import UsageError
-from gpuopt.recipe import FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
+from gpuopt.recipe import AUTO, FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
 from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
 from gpuopt.storage import list_files
 
@@ -321,13 +321,16 @@ def _numbers(flag: str, text: str | None) -> list[float] | None:
         raise UsageError(f"{flag} '{text}' is no list of numbers", f"Write {flag} 0.485,0.456,0.406.") from None
 
 
-def _io_formats(texts: Sequence[str]) -> dict[str, str]:
+def _io_formats(texts: Sequence[str]) -> dict[str, str] | str:
+    if list(texts) == [AUTO]:
+        return AUTO
     formats: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")
         if not equals or not name or not value:
             raise UsageError(
-                f"--io-format {text}: no format", "Write NAME=DTYPE:FORMAT, as in --io-format image=fp16:hwc8."
+                f"--io-format {text}: no format",
+                "Write NAME=DTYPE:FORMAT, as in --io-format image=fp16:hwc8, or auto alone.",
             )
         if name in formats:
             raise UsageError(f"'{name}' has two formats", "Give --io-format once for each input or output.")

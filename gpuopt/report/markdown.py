@@ -22,6 +22,7 @@ def render(report: Report) -> str:
         _warnings(report),
         _engines(report),
         _race(report),
+        _format_race(report),
         _benchmarks(report),
         _proofs(report),
         _interface(report),
@@ -183,6 +184,33 @@ def _race(report: Report) -> str:
     said = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}."
     head = ("candidate", "ms, median", "rounds", "lowest SQNR, dB", "note")
     return "\n\n".join(["## Speed", table(head, rows), said])
+
+
+def _format_race(report: Report) -> str:
+    """The formats of inputs and outputs that were tried, and which is kept."""
+    race = report.format_race
+    if race is None:
+        return ""
+    rows = [
+        (
+            f"**{row['name']}**" if row["name"] == race["chosen"] else row["name"],
+            _number(row["milliseconds"], "{:.3f}"),
+            f"{row['lowest']:.3f} to {row['highest']:.3f}" if row["lowest"] is not None else "",
+            ", ".join(f"{code(name)} {text}" for name, text in (row["as_built"] or row["formats"]).items()),
+            escaped(row["reason"]),
+        )
+        for row in race["candidates"]
+    ]
+    shapes = ", ".join(f"{code(name)} {shape}" for name, shape in race["shapes"].items())
+    timed = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}. " if race["includes"] else ""
+    head = ("format", "ms, median", "rounds", "inputs and outputs", "note")
+    parts = [table(head, rows)] if rows else []
+    return "\n\n".join(["## Formats of inputs and outputs", *parts, f"{timed}{sentence(race['verdict'])}"])
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _interface(report: Report) -> str:

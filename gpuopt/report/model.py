@@ -163,6 +163,7 @@ class Report(_Part):
     engines: list[EngineReport]
     verification: dict[str, Any] | None
     race: dict[str, Any] | None = None
+    format_race: dict[str, Any] | None = None
     benchmarks: list[BenchmarkReport] = []
     gates: list[GateReport] = []
     gate_mode: Literal["fail", "warn"] = "fail"

@@ -145,9 +145,36 @@ class RaceTable(TypedDict):
     chosen: str
 
 
+@with_config(_CLOSED)
+class FormatRow(TypedDict):
+    """One format of inputs and outputs in the race; times in milliseconds."""
+
+    name: str
+    state: str
+    reason: str
+    formats: dict[str, str]
+    as_built: dict[str, str]
+    milliseconds: float | None
+    lowest: float | None
+    highest: float | None
+
+
+@with_config(_CLOSED)
+class FormatTable(TypedDict):
+    """Formats of inputs and outputs timed in turn: `io_formats.py`."""
+
+    target: str
+    shapes: dict[str, str]
+    includes: str
+    candidates: list[FormatRow]
+    chosen: str
+    verdict: str
+
+
 _LEFT_OPEN: tuple[tuple[str, str, Any], ...] = (
     ("Report", "verification", Verification),
     ("Report", "race", RaceTable),
+    ("Report", "format_race", FormatTable),
     ("EngineReport", "proof", Proof),
 )
 """Model, field, and what stands there if anything does."""

@@ -28,7 +28,7 @@ from gpuopt.report.blocks import (
     some,
     table,
 )
-from gpuopt.report.markdown import channel_changes, format_bytes, layout_lines
+from gpuopt.report.markdown import channel_changes, format_bytes, layout_lines, sentence
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
 from gpuopt.tolerance import Limits, problem
 
@@ -271,6 +271,37 @@ def _race(report: Report) -> Section | None:
     said = Text(f"Timed in turn for {race['target']} at {shapes}: {race['includes']}.")
     drawn = _plots([lambda anchor: figures.candidates(race, anchor)], "candidates")
     return Section("candidates", "Candidates", (*drawn, table("Accuracy against latency", heads, rows), said))
+
+
+def _format_race(report: Report) -> Section | None:
+    race = report.format_race
+    if race is None:
+        return None
+    heads: Heads = [
+        "format",
+        "verdict",
+        *numeric("ms, median", "rounds, ms"),
+        Column("inputs and outputs", wide=True),
+        Column("note", wide=True),
+    ]
+    rows: list[Row] = []
+    for row in race["candidates"]:
+        ships = row["name"] == race["chosen"]
+        rows.append(
+            (
+                row["name"],
+                Cell("ships" if ships else row["state"], tone="good" if ships else ""),
+                number(row["milliseconds"], "{:.4f}"),
+                f"{row['lowest']:.4f} to {row['highest']:.4f}" if row["lowest"] is not None else "\N{EN DASH}",
+                ", ".join(f"{name} {text}" for name, text in (row["as_built"] or row["formats"]).items()),
+                row["reason"],
+            )
+        )
+    shapes = ", ".join(f"{name} {shape}" for name, shape in race["shapes"].items())
+    timed = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}. " if race["includes"] else ""
+    said = Text(f"{timed}{sentence(race['verdict'])}")
+    blocks: list[Block] = [table("Formats", heads, rows)] if rows else []
+    return Section("formats", "Formats of inputs and outputs", (*blocks, said))
 
 
 def _proofs(report: Report) -> Section | None:
@@ -650,6 +681,7 @@ SECTIONS: tuple[Callable[[Report], Section | None], ...] = (
     _built,
     _speed,
     _race,
+    _format_race,
     _proofs,
     _accuracy,
     _fallback,

@@ -181,3 +181,48 @@ def test_a_change_of_layout_alone_gives_the_same_bits(here: Path, gpuopt: Gpuopt
     facts = next(s["facts"] for s in json.loads(result.stdout)["stages"] if s["name"] == "layout")
     assert facts["largest_difference"] == 0
     assert facts["normalization"] == {}
+
+
+def test_formats_that_cannot_be_measured_stay_linear_and_auto(here: Path, gpuopt: Gpuopt) -> None:
+    from gpuopt import environment
+
+    if not environment.why_not_run("tensorrt-rtx"):
+        pytest.skip("engines of TensorRT-RTX run here: formats are measured")
+    asked = ("net:make", "-p", "fp16", *SHAPES, "--io-format", "auto", "-t", "tensorrt-rtx", "-o", "out.gpuopt")
+    for command in (("compile", *asked), ("build", "out.gpuopt")):
+        result = gpuopt(*command, "--json")
+        assert result.code == 0, result.stderr
+        race = json.loads(result.stdout)["format_race"]
+        assert (race["chosen"], race["candidates"]) == ("linear", [])
+        assert "nothing could be measured here" in race["verdict"]
+        assert "io_formats: auto" in Path("out.gpuopt/recipe.yaml").read_text()
+    assert "Nothing could be measured here" in Path("out.gpuopt/report.md").read_text()
+    assert "Nothing could be measured here" in Path("out.gpuopt/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("bytes_in", "written"),
+    [
+        (False, "fp32:hwc"), (False, "fp32:chw32"), (False, "fp16:hwc8"), (False, "fp16:chw32"), (False, "fp16:hwc16"),
+        (True, "uint8:chw"), (True, "uint8:hwc"),
+    ],
+)  # fmt: skip
+def test_tensorrt_rtx_builds_every_format_of_an_image(bytes_in: bool, written: str, here: Path, gpuopt: Gpuopt) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    dtype = ("--input-dtype", "uint8") if bytes_in else ()
+    asked = ("net:make", "-p", "fp16", *SHAPES, *dtype, "--io-format", f"image={written}", "-t", "tensorrt-rtx")
+    result = gpuopt("compile", *asked, "-o", "out.gpuopt", "--json")
+    assert result.code == 0, result.stderr
+    record = json.loads(next(Path("out.gpuopt").glob("*.engine.json")).read_text())
+    wanted = {"fp32": "float32", "fp16": "float16", "uint8": "uint8"}[written.partition(":")[0]]
+    assert record["inputs"][0]["dtype"] == wanted
+    build = next(s for s in json.loads(result.stdout)["stages"] if s["name"] == "build")
+    assert build["facts"]["options"]["io_formats"] == {"image": written}
+
+
+def test_bytes_have_no_other_format(here: Path, gpuopt: Gpuopt) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    asked = ("net:make", "-p", "fp16", *SHAPES, "--input-dtype", "uint8", "--io-format", "image=uint8:hwc8")
+    result = gpuopt("compile", *asked, "-t", "tensorrt-rtx", "-o", "out.gpuopt")
+    assert result.code == 7
+    assert "an input or output cannot have the asked-for format" in result.stderr
