@@ -384,8 +384,18 @@ def _accuracy(report: Report) -> str:
     title = f"## Accuracy in ONNX Runtime against {result['reference']}"
     limits = result["limits"]
     limit = f"Limits: cosine at least {limits['min_cosine']}, SQNR at least {limits['min_sqnr_db']:g} dB."
-    parts = [title, table(head, rows), batch, limit, failures]
+    kernels = "\n".join(f"- {escaped(line)}" for line in kernel_lines(result))
+    parts = [title, table(head, rows), batch, kernels, limit, failures]
     return "\n\n".join(part for part in parts if part)
+
+
+def kernel_lines(result: Mapping[str, Any]) -> list[str]:
+    """Which nodes ONNX Runtime runs in a layout of its own, a line for each graph; empty where it was not looked at."""
+    return [
+        f"{graph} is {found['nodes']} nodes in ONNX Runtime on this CPU: {found['nchwc']} work on blocks of channels "
+        f"(NCHWc), {found['nhwc']} have the channels last (NHWC), {found['reorders']} change the layout."
+        for graph, found in result.get("layout_kernels", {}).items()
+    ]
 
 
 def _invariance(graph: str, found: dict[str, Any]) -> str:

@@ -50,6 +50,16 @@ class BatchInvariance(TypedDict):
 
 
 @with_config(_CLOSED)
+class LayoutKernelFigures(TypedDict):
+    """Nodes that ONNX Runtime runs in layouts of its own: `backends/onnxruntime.py`."""
+
+    nchwc: int
+    nhwc: int
+    reorders: int
+    nodes: int
+
+
+@with_config(_CLOSED)
 class Verification(TypedDict):
     """The ONNX graphs in ONNX Runtime: `stages/verify.py`."""
 
@@ -60,6 +70,7 @@ class Verification(TypedDict):
     limits: LimitFigures
     outputs: list[OutputFigures]
     batch_invariance: dict[str, BatchInvariance]
+    layout_kernels: NotRequired[dict[str, LayoutKernelFigures]]
     warnings: list[str]
 
 

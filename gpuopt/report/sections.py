@@ -28,7 +28,7 @@ from gpuopt.report.blocks import (
     some,
     table,
 )
-from gpuopt.report.markdown import channel_changes, format_bytes, layout_lines, sentence
+from gpuopt.report.markdown import channel_changes, format_bytes, kernel_lines, layout_lines, sentence
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
 from gpuopt.tolerance import Limits, problem
 
@@ -439,7 +439,10 @@ def _accuracy(report: Report) -> Section | None:
     blocks: list[Block] = [Bullets(tuple(result["failures"]), "bad")] if result["failures"] else []
     blocks.append(_outputs("Outputs at every corner of the shapes", result["outputs"], result["limits"]))
     blocks.append(Text(_limits(result["limits"])))
-    lines = tuple(_invariance(graph, found) for graph, found in result["batch_invariance"].items())
+    lines = (
+        *(_invariance(graph, found) for graph, found in result["batch_invariance"].items()),
+        *kernel_lines(result),
+    )
     if lines:
         blocks.append(Bullets(lines))
     return Section("accuracy", f"Accuracy in ONNX Runtime against {result['reference']}", tuple(blocks))

@@ -226,3 +226,26 @@ def test_bytes_have_no_other_format(here: Path, gpuopt: Gpuopt) -> None:
     result = gpuopt("compile", *asked, "-t", "tensorrt-rtx", "-o", "out.gpuopt")
     assert result.code == 7
     assert "an input or output cannot have the asked-for format" in result.stderr
+
+
+def test_the_report_says_which_layout_onnxruntime_computes_in(here: Path, gpuopt: Gpuopt) -> None:
+    result = gpuopt("compile", "net:make", "-p", "fp32", *SHAPES, *BYTES, "-c", "bytes.npz", "-t", "onnxruntime",
+                    "-o", "out.gpuopt", "--json")  # fmt: skip
+    assert result.code == 0, result.stderr
+    (found,) = json.loads(result.stdout)["verification"]["layout_kernels"].values()
+    # The convolutions over 16 channels, at least: ONNX Runtime's own blocks of channels, confirmed in its graph.
+    assert found["nchwc"] >= 2
+    assert found["nodes"] > found["nchwc"] + found["reorders"]
+    for report in ("report.md", "report.html"):
+        assert "work on blocks of channels (NCHWc)" in Path("out.gpuopt", report).read_text()
+
+
+def test_baselines_of_a_bundle_that_takes_bytes(here: Path, gpuopt: Gpuopt) -> None:
+    asked = ("net:make", "-p", "fp32", *SHAPES, *BYTES, "-c", "bytes.npz", "-t", "onnxruntime", "-o", "out.gpuopt")
+    assert gpuopt("compile", *asked).code == 0
+    only = ("--only", "baselines", "--baseline", "onnxruntime cpu", "--baseline", "torch eager")
+    result = gpuopt("bench", "out.gpuopt", *only, "--seconds", "0.1", "--json")
+    assert result.code == 0, result.stderr
+    rows = [row for row in json.loads(result.stdout)["rows"] if not row["failed"]]
+    names = [row["name"].rpartition(", ")[2] for row in rows[1:]]
+    assert names == ["channels_last", "nchw"]
