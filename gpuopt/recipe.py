@@ -137,7 +137,9 @@ class InputSection(Section):
     min: ShapeField | None = None
     opt: ShapeField | None = None
     max: ShapeField | None = None
-    low: float | None = Field(None, description="Smallest value of generated reference inputs.")
+    low: float | None = Field(
+        None, description="Smallest value of generated reference inputs; bytes, where it takes them."
+    )
     high: float | None = Field(None, description="Largest (integers: one past the largest) value.")
 
     def range(self) -> ShapeRange | None:
