@@ -249,3 +249,30 @@ def test_baselines_of_a_bundle_that_takes_bytes(here: Path, gpuopt: Gpuopt) -> N
     rows = [row for row in json.loads(result.stdout)["rows"] if not row["failed"]]
     names = [row["name"].rpartition(", ")[2] for row in rows[1:]]
     assert names == ["channels_last", "nchw"]
+
+
+def test_a_wrong_scale_is_found_in_the_bytes(here: Path, gpuopt: Gpuopt) -> None:
+    Path("trained.py").write_text("""
+import numpy as np
+import torch
+from net import Net
+
+
+def make():
+    torch.manual_seed(0)
+    model = Net().train()
+    images = torch.from_numpy(np.load("bytes.npz")["image"].astype(np.float32) / 255).permute(0, 3, 1, 2)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        for _ in range(60):
+            model((images - mean[:, None, None]) / std[:, None, None])
+    return model.eval()
+""")
+    said = {}
+    for name, scale in (("right", "1/255"), ("wrong", "1")):
+        asked = ("trained:make", *SHAPES, *BYTES, "--scale", scale, "-c", "bytes.npz", "-o", name, "--json")
+        result = gpuopt("quantize", *asked)
+        assert result.code == 0, result.stderr
+        said[name] = [finding["check"] for finding in json.loads(result.stdout)["calibration"]["findings"]]
+    assert "scale" not in said["right"]
+    assert "scale" in said["wrong"]
