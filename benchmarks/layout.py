@@ -195,6 +195,8 @@ def in_turn(subjects: Mapping[str, Callable[[], object]], seconds: float) -> dic
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(ROUNDS):
         for name, call in subjects.items():
+            # Threads of the subject before may still be spinning, and would take half of a small machine.
+            call()
             started = time.perf_counter()
             for _ in range(counts[name]):
                 call()
