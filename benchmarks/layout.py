@@ -14,8 +14,9 @@ is there already is not made again. Weights are random, so that accuracy says no
 
 Forms of a network: `float nchw`, as PyTorch has it; `float nhwc`, with the channels last at its ends; `bytes nhwc`, the
 decoder's bytes, normalised in the graph; and `bytes nchw` for TensorRT, whose format `hwc` makes the same bytes of it
-without a Transpose. End to end is from the input in host memory (page-locked for TensorRT) to the output in host
-memory; bytes moved are those of inputs and outputs. All subjects of a table run in turn, round by round.
+without a Transpose. TensorRT's engines compute in FP16 and are named by the formats of their inputs and outputs. End to
+end is from the input in host memory (page-locked for TensorRT) to the output in host memory; bytes moved are those of
+inputs and outputs. All subjects of a table run in turn, round by round.
 """
 
 from __future__ import annotations
@@ -433,6 +434,7 @@ def _measure(bench: Bench, network: Network) -> dict[str, Any]:
                 third = stack.enter_context(loaded.execution(shapes))
                 try:
                     kernel = _KernelInFront(third, raw)
+                    stack.callback(kernel.close)
                     whole["bytes, a kernel by hand, fp32 linear"] = kernel
                     rows["bytes, a kernel by hand, fp32 linear"] = {"form": "bytes nhwc", **kernel.bytes_moved()}
                 except Exception as error:  # nvcc may be missing
@@ -495,6 +497,11 @@ class _KernelInFront:
     def bytes_moved(self) -> dict[str, int]:
         outputs = sum(array.nbytes for array in self._execution.outputs.values())
         return {"bytes": self._raw.nbytes + outputs, "input_bytes": self._raw.nbytes}
+
+    def close(self) -> None:
+        """Give memory back while there is a context to give it back to."""
+        self._bytes.free()
+        self._kernel = self._module = self._raw = None
 
     def enqueue(self) -> None:
         stream = self._execution.stream
@@ -569,8 +576,6 @@ class _OrtSubject:
     """A session with its input and outputs on the GPU."""
 
     def __init__(self, model: Path, value: Any, nhwc: bool, graph: bool) -> None:
-        import tempfile
-
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -580,12 +585,10 @@ class _OrtSubject:
             "enable_cuda_graph": "1" if graph else "0",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
         }
-        with tempfile.TemporaryDirectory() as scratch:
-            options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
-            self._session = onnxruntime.InferenceSession(
-                str(model), options, providers=[("CUDAExecutionProvider", provider)]
-            )
-            self.nhwc_nodes = _nhwc_nodes(Path(scratch) / "optimized.onnx")
+        providers = [("CUDAExecutionProvider", provider)]
+        # A CUDA graph is of the same nodes.
+        self.nhwc_nodes = None if graph else _nhwc_nodes(model, providers)
+        self._session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         if self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeError("the CUDA execution provider does not start")
         self._value = value
@@ -615,13 +618,24 @@ class _OrtSubject:
         return self.end_to_end()[0]
 
 
-def _nhwc_nodes(optimized: Path) -> int | None:
-    """Nodes in ONNX Runtime's own NHWC domain; None where onnx is not there to read them."""
-    try:
-        import onnx
-    except ImportError:
-        return None
-    nodes = onnx.load(str(optimized), load_external_data=False).graph.node
+def _nhwc_nodes(model: Path, providers: Any) -> int | None:
+    """Nodes in ONNX Runtime's own NHWC domain; None where the optimized graph cannot be written or read."""
+    import tempfile
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as scratch:
+        options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
+        try:
+            import onnx
+
+            onnxruntime.InferenceSession(str(model), options, providers=providers)
+            nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+        except Exception as error:  # onnx may be missing, and not every graph can be written
+            say(f"{model.parent.name}: its optimized graph cannot be looked into: {error!r}"[:200])
+            return None
     return sum(node.domain == "com.ms.internal.nhwc" for node in nodes)
 
 
@@ -744,9 +758,10 @@ def _gpu_table(found: Mapping[str, Any]) -> str:
         if "failed" in row:
             rows.append((name, f"failed: {row['failed']}", "", "", "", ""))
             continue
+        nodes = f", {row['nhwc_nodes']} NHWC nodes" if row.get("nhwc_nodes") else ""
         rows.append(
             (
-                name, _time(row.get("compute")), _time(row.get("end_to_end")), _mib(row.get("input_bytes")),
+                name + nodes, _time(row.get("compute")), _time(row.get("end_to_end")), _mib(row.get("input_bytes")),
                 _mib(row.get("bytes")), _difference(row.get("largest_difference")),
             )
         )  # fmt: skip
