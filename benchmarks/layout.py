@@ -8,7 +8,7 @@
     python benchmarks/layout.py torch       # with torch and a GPU, alone on it
     python benchmarks/layout.py tables      # benchmarks/results/layout.json and layout.md
 
-Without a word: prepare, cpu and tables; on a machine with an NVIDIA GPU and TensorRT build and measure, too. Everything
+Without a word: cpu and tables; on a machine with an NVIDIA GPU and TensorRT prepare, build and measure, too. Everything
 lies in benchmarks/.work/layout or in --folder, which may be carried from one machine to another between the steps; what
 is there already is not made again. Weights are random, so that accuracy says nothing beyond the distance to PyTorch.
 
