@@ -16,13 +16,13 @@ def _twice(channels: int, out: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Down by max pooling, up by transposed convolutions, with skips."""
+    """Down by max pooling, up by nearest neighbours and a convolution, with skips."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.ModuleList(_twice(source, out) for source, out in zip((3, *WIDTHS), WIDTHS, strict=False))
         pairs = list(zip(WIDTHS[:0:-1], WIDTHS[-2::-1], strict=True))
-        self.rise = nn.ModuleList(nn.ConvTranspose2d(source, out, 2, stride=2) for source, out in pairs)
+        self.rise = nn.ModuleList(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(s, o, 1)) for s, o in pairs)
         self.up = nn.ModuleList(_twice(2 * out, out) for _, out in pairs)
         self.head = nn.Conv2d(WIDTHS[0], 2, 1)
 
