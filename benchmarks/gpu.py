@@ -8,10 +8,10 @@
 
 Without a word it does all of them, without what needs torch where torch is missing. Everything lies in
 benchmarks/.work/gpu or in --folder, which may be carried from one machine to another between the steps; what is there
-already is not made again. Builders time kernels on the GPU, in turns: nine at a time on one H100 took six times as
-long each as one alone. Two (--jobs 2) keep it busy.
+already is not made again. Builders take turns on the GPU (nine at a time on one H100 took six times as long each as
+one alone), so that more jobs (--jobs) overlap only what the CPU does.
 
-The ImageNet networks have random weights: their times are those of trained ones, their accuracy says nothing beyond
+The networks for ImageNet have random weights: their times are those of trained ones, their accuracy says nothing beyond
 the distance to PyTorch. The accuracy of INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's
 digits.
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ sys.path.insert(0, str(HERE.parent))
 
 LEGACY_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Of TensorRT 8.5: those that need no cuBLAS and cuDNN, which newer machines do not have in its versions."""
+CUBLAS_SOURCES = ("CUBLAS", "CUBLAS_LT")
 
 
 INPUT = "x"
@@ -58,7 +60,7 @@ class Network:
         batches: smallest, tuned-for, largest.
         trained: whether it has weights and held-out data of peers/networks.py under this name.
         native: whether TensorRT's own calibrator makes an engine, too.
-        auto: whether `--precision auto` is run on it.
+        auto: whether `--precision auto` is run on it; its candidates are then compiled from the FP32 graph.
         baselines: whether PyTorch's times are taken.
         bench: groups of `gpuopt bench`.
     """
@@ -81,27 +83,31 @@ class Network:
 
 
 _IMAGE = (3, 224, 224)
+_DYNAMIC = ("latency", "batches")
 _STATIC = ("latency", "phases", "overlap", "streams")
 NETWORKS = (
     Network(
-        "resnet50-b1", "torchvision.models:resnet50", _IMAGE, (1, 1, 1), native=True, auto=True, baselines=True,
-        bench=_STATIC,
+        "resnet50-b1", "torchvision.models:resnet50", _IMAGE, (1, 1, 1), native=True, baselines=True, bench=_STATIC
     ),
     Network(
         "resnet50-b32", "torchvision.models:resnet50", _IMAGE, (32, 32, 32), native=True, baselines=True, bench=_STATIC
     ),
     Network(
-        "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=("latency", "batches", "memory")
+        "resnet18", "torchvision.models:resnet18", _IMAGE, (1, 8, 16), auto=True, bench=(*_DYNAMIC, "memory")
     ),
-    Network("mobilenet_v3_small", "torchvision.models:mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True),
-    Network("vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True),
+    Network(
+        "mobilenet_v3_small", "networks:imagenet_mobilenet_v3_small", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+    ),
+    Network(
+        "vit_tiny", "timm.models.vision_transformer:vit_tiny_patch16_224", _IMAGE, (1, 8, 16), auto=True, bench=_DYNAMIC
+    ),
     Network("digits-resnet18", "networks:resnet18", (3, 32, 32), (1, 64, 64), "resnet18", native=True),
     Network(
         "digits-mobilenet_v3_small", "networks:mobilenet_v3_small", (3, 32, 32), (1, 64, 64), "mobilenet_v3_small",
         native=True,
     ),
 )  # fmt: skip
-BESIDE = "mobilenet_v3_small/int8.gpuopt/model.tensorrt.engine"
+BESIDE = "mobilenet_v3_small/onnx-int8.gpuopt/model.tensorrt.engine"
 """Runs beside another network's engine, below the bench's folder."""
 CALIBRATION_IMAGES = 32
 SAMPLES = "samples.npz"
@@ -182,7 +188,7 @@ def _prepare(bench: Bench, network: Network) -> None:
         model = [weights, "--model", network.factory]
     if not (home / SAMPLES).is_file():
         save_samples(home, network)
-    for precision in ("fp16", "int8", "fp32"):
+    for precision in ("fp32",) if network.auto else ("fp16", "int8", "fp32"):
         folder = home / f"{precision}.gpuopt"
         if folder.is_dir():
             continue
@@ -226,8 +232,18 @@ def _sources() -> list[str]:
     from gpuopt import environment
 
     version = environment.tensorrt_version()
-    legacy = version is not None and version[0] == 8
-    return ["--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]"] if legacy else []
+    if version is None or version[0] != 8:
+        return []
+    sources = (*LEGACY_SOURCES, *(CUBLAS_SOURCES if _has_cublas() else ()))
+    return ["--set", f"build.tactic_sources=[{', '.join(sources)}]"]
+
+
+def _has_cublas() -> bool:
+    """Whether cuBLAS 11 is here, and more than a stub of it for the linker; transformers need it in TensorRT 8.5."""
+    try:
+        return int(ctypes.CDLL("libcublasLt.so.11").cublasLtGetVersion()) > 110000
+    except OSError:
+        return False
 
 
 def _builds(bench: Bench) -> list[tuple[int, Callable[[], object]]]:
@@ -235,14 +251,13 @@ def _builds(bench: Bench) -> list[tuple[int, Callable[[], object]]]:
     found: list[tuple[int, Callable[[], object]]] = []
     for network in bench.networks:
         large = network.name.startswith("resnet50")
-        for precision in ("int8", "fp16"):
+        for precision in () if network.auto else ("int8", "fp16"):
             rank = (0 if precision == "int8" else 1) if large else 3
             found.append((rank, lambda n=network, p=precision: _build_bundle(bench, n, p)))
         if network.native:
             found.append((0 if large else 2, lambda n=network: compile_onnx(bench, n, "native")))
         if network.auto:
-            rank = 5 if large else 4
-            found += [(rank, lambda n=network, p=p: compile_onnx(bench, n, p)) for p in ("int8", "fp16", "fp32")]
+            found += [(4, lambda n=network, p=p: compile_onnx(bench, n, p)) for p in ("int8", "fp16", "fp32")]
     return found
 
 
@@ -292,10 +307,11 @@ def compile_onnx(bench: Bench, network: Network, precision: str) -> None:
 def measure(bench: Bench) -> None:
     """Alone on the GPU, one thing after another; what is most wanted comes first."""
     steps: list[tuple[str, Network, Callable[[Network], Any]]] = []
+    steps += [("auto", n, lambda n: compile_onnx(bench, n, "auto")) for n in bench.networks if n.auto]
     steps += [("race", n, lambda n: race_engines(bench, n)) for n in bench.networks]
+    steps += [("distance", n, lambda n: distance(bench, n)) for n in bench.networks]
     steps += [("accuracy", n, lambda n: accuracy(bench, n)) for n in bench.networks if n.trained]
     steps += [("bench", n, lambda n: _bench(bench, n)) for n in bench.networks if n.bench]
-    steps += [("auto", n, lambda n: compile_onnx(bench, n, "auto")) for n in bench.networks if n.auto]
     steps += [("profile", n, lambda n: _profile(bench, n)) for n in bench.networks if n.baselines]
     for name, network, step in steps:
         if name not in bench.groups:
@@ -316,7 +332,8 @@ def engines_of(bench: Bench, network: Network) -> dict[str, Path]:
     """Engines by what made them."""
     home, file = bench.home(network), "model.tensorrt.engine"
     folders = {"fp16": "fp16.gpuopt", "int8": "int8.gpuopt", "tensorrt int8": "onnx-native.gpuopt"}
-    folders |= {"fp32": "onnx-fp32.gpuopt"}
+    if network.auto:
+        folders = {name: f"onnx-{name}.gpuopt" for name in ("fp32", "fp16", "int8", "auto")}
     found = {name: home / folder / file for name, folder in folders.items() if (home / folder / file).is_file()}
     # Where a limit of accuracy was missed the engine lies beside the bundle's place.
     for name, folder in folders.items():
@@ -356,6 +373,29 @@ def race_engines(bench: Bench, network: Network) -> Any:
     return {"gpu": gpu, "milliseconds": dict(found.milliseconds), "spread": spread, "ratios": ratios}
 
 
+def distance(bench: Bench, network: Network) -> Any:
+    """Lowest SQNR in dB of the engines' outputs against PyTorch's, which the FP32 bundle keeps, over all corners."""
+    import gpuopt as package
+    from gpuopt import reference
+    from gpuopt.comparison import against_reference
+
+    stored = reference.load(bench.home(network) / "fp32.gpuopt/reference")
+    answer: dict[str, Any] = {}
+    for name, path in engines_of(bench, network).items():
+        with package.load(path) as engine:
+            rows = list(against_reference(_Runs(engine.infer), stored))
+        answer[name] = {
+            "corners": len(stored.corners), "lowest_sqnr_db": min(row["sqnr_db"] for row in rows),
+            "lowest_cosine": min(row["cosine"] for row in rows),
+        }  # fmt: skip
+    return answer
+
+
+@dataclass(frozen=True)
+class _Runs:
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
 def accuracy(bench: Bench, network: Network) -> Any:
     """Held-out answers of the engines against PyTorch's FP32."""
     import numpy as np
@@ -384,7 +424,8 @@ def _bench(bench: Bench, network: Network) -> None:
     for precision in ("int8", "fp16"):
         only = [word for group in network.bench for word in ("--only", group)]
         beside = ("--beside", bench.folder / BESIDE) if "memory" in network.bench else ()
-        asked = ("bench", home / f"{precision}.gpuopt", *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
+        subject = home / f"{'onnx-' if network.auto else ''}{precision}.gpuopt"
+        asked = ("bench", subject, *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
         told = home / f"bench-{precision}.json"
         run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
 
@@ -457,7 +498,7 @@ def render(found: Mapping[str, Any]) -> str:
         "lowest to highest",
         "times FP16's",
         "of the time in",
-        "lowest SQNR, dB",
+        "lowest SQNR against PyTorch over all corners, dB",
     )
     parts += ["## Engines in turn, as CUDA graphs", _table(head, engines)]
     rows = [row for name, entries in found.items() for row in _accuracy_rows(name, entries)]
@@ -486,19 +527,21 @@ def _head(found: Mapping[str, Any]) -> str:
 
 def _engine_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
     race, rows = entries.get("race") or {}, []
-    reports = {"fp16": "build-fp16", "int8": "build-int8", "tensorrt int8": "compile-native", "fp32": "compile-fp32"}
     for engine, milliseconds in race.get("milliseconds", {}).items():
-        proof = entries.get(reports[engine], {}).get("proof") or {}
+        kind = {"tensorrt int8": "native"}.get(engine, engine)
+        proof = (entries.get(f"build-{kind}") or entries.get(f"compile-{kind}") or {}).get("proof") or {}
         low, high = race["spread"][engine]
         ratio = race["ratios"].get(f"{engine} / fp16")
         shares = (proof.get("coverage") or {}).get("time_share") or {}
         told = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
-        sqnr = [row["sqnr_db"] for row in proof.get("outputs", []) if row["sqnr_db"] is not None]
+        far = (entries.get("distance") or {}).get(engine)
+        chosen = (entries.get("compile-auto") or {}).get("race") or {}
         rows.append(
             (
-                name, str(entries["batch"]), engine, f"{milliseconds:.3f}", f"{low:.3f} to {high:.3f}",
+                name, str(entries["batch"]), f"auto: {chosen.get('chosen', '')}" if engine == "auto" else engine,
+                f"{milliseconds:.3f}", f"{low:.3f} to {high:.3f}",
                 f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
-                told, f"{min(sqnr):.1f}, {proof['reference']}" if sqnr else "",
+                told, f"{far['lowest_sqnr_db']:.1f}" if far else "",
             )
         )  # fmt: skip
     return rows
@@ -552,9 +595,9 @@ def main() -> None:
         say(f"gpu.py: nothing was measured: {reason}")
         return
     networks = tuple(network for network in NETWORKS if network.name in (options.network or names))
-    groups = tuple(options.group or ("race", "accuracy", "bench", "auto", "profile"))
-    baselines = tuple(options.baseline or ())
-    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, baselines)
+    groups = tuple(options.group or ("auto", "race", "distance", "accuracy", "bench", "profile"))
+    kinds = tuple(options.baseline or ())
+    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds)
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
         "tables": tables,

@@ -15,6 +15,7 @@ from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.engine_record import Trust
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.pipeline import (
     FIRST_STRONGLY_TYPED,
     LEGACY_OPSET,
@@ -327,7 +328,7 @@ def _proofs_of_bundle(
         if name in manifest["files"] and not environment.why_not_run(target):
             from gpuopt.stages.prove import prove
 
-            with progress.stage(f"prove {target}"):
+            with progress.stage(f"prove {target}"), gpu_turn(progress):
                 stored = reference.load(folder / "reference")
                 proofs[target] = prove(folder / name, stored, recipe.verify, recipe.built_precision, trust)
     return proofs

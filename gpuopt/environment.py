@@ -140,6 +140,18 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def pci_bus_address(index: int = 0) -> str:
+    """Of a GPU, as `0000:65:00.0`; empty without one. Creates no CUDA context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+        return ""
+    return "" if driver.cuDeviceGetPCIBusId(text, len(text), device) != 0 else text.value.decode().lower()
+
+
 def free_gpu_memory(index: int = 0) -> int | None:
     """Bytes free on a GPU; None without one. Uses its primary context, which is created where there is none."""
     try:

@@ -91,6 +91,11 @@ class Corner:
     shapes: Mapping[str, Shape]
 
 
+def batch_size(shapes: Mapping[str, Shape]) -> int:
+    """The first axis of the first input that is not a scalar; 1 if all are."""
+    return next((shape[0] for shape in shapes.values() if shape), 1)
+
+
 def parse_shape(text: str) -> Shape:
     """Parse `1x3x224x224`; `scalar` is the shape of a 0-d tensor.
 

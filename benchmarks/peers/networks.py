@@ -77,6 +77,25 @@ def mobilenet_v3_small() -> nn.Module:
     return model
 
 
+def imagenet_mobilenet_v3_small() -> nn.Module:
+    """For images of 224 pixels: random weights, but statistics of BatchNorm that fit them.
+
+    With those that torchvision starts from, signals fade from layer to layer until FP16 has no numbers for them.
+    """
+    from torchvision import models
+
+    model = models.mobilenet_v3_small()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    images = torch.randn(16, 3, 224, 224) / 4
+    for cells in (4, 14, 56):
+        images += nn.functional.interpolate(torch.randn(16, 3, cells, cells), 224) / 2
+    with torch.no_grad():
+        model.train()(images)
+    return model.eval()
+
+
 def _convnext() -> nn.Module:
     from timm.models.convnext import ConvNeXt
 

@@ -13,7 +13,7 @@ from typing import Any
 from gpuopt.bench.report import Row
 from gpuopt.errors import UsageError, one_line
 from gpuopt.progress import Progress
-from gpuopt.shapes import Shape
+from gpuopt.shapes import Shape, batch_size
 
 KINDS = (
     "onnxruntime cpu",
@@ -59,7 +59,7 @@ def rows(
         python: the interpreter that has torch or onnxruntime-gpu; None: this one.
         wanted: of `KINDS`.
     """
-    batch = next(iter(shapes.values()))[0] if next(iter(shapes.values()), ()) else 1
+    batch = batch_size(shapes)
     asked = {
         "folder": str(folder.resolve()),
         "seconds": seconds,

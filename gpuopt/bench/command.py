@@ -15,6 +15,7 @@ from gpuopt.bench import baselines, conditions
 from gpuopt.bench.report import BenchReport, Row
 from gpuopt.engine_record import Trust
 from gpuopt.errors import EngineError, GpuoptError, UsageError
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
 from gpuopt.shapes import Shape, format_shape
@@ -88,7 +89,7 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
             raise EngineError(f"{found.engine.name} cannot be run here: {missing}", "Run it where it was built.")
         warnings.append(f"{found.engine.name} was not measured: {missing}")
     unwatched = "only an engine's run is watched, and there was none" if missing else ""
-    with conditions.watched(None if missing else _pci_bus_id(), unwatched) as state:
+    with gpu_turn(progress), conditions.watched(None if missing else _pci_bus_id(), unwatched) as state:
         if found.engine is not None and not missing:
             from gpuopt.bench import engines
 
@@ -102,7 +103,8 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
                 warnings.append("TensorRT-RTX's licence may forbid publishing figures: read it before you do")
     # Their processes use the GPU, too: the watch over it is closed before.
     if "baselines" in request.groups and found.folder is not None:
-        rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress, kinds)
+        with gpu_turn(progress):
+            rows += baselines.rows(found.folder, shapes, request.seconds, request.baseline_python, progress, kinds)
     warnings += state.warnings()
     warnings += [
         f"{r.group}, {r.name}: its timings were not steady after the warm-up" for r in rows if r.was_steady is False

@@ -28,7 +28,7 @@ from gpuopt.engine_record import EngineRecord
 from gpuopt.environment import has_module
 from gpuopt.errors import GpuoptError
 from gpuopt.progress import Progress
-from gpuopt.shapes import Shape
+from gpuopt.shapes import Shape, batch_size
 
 if TYPE_CHECKING:
     from gpuopt.bench.command import Request
@@ -122,7 +122,7 @@ class EngineBench:
         self, group: str, name: str, shapes: Mapping[str, Shape], includes: str, execution: Execution,
         parts: Sequence[Part], graph: bool,
     ) -> Row:  # fmt: skip
-        batch = _batch(shapes)
+        batch = batch_size(shapes)
         try:
             return row(group, name, batch, includes, measure(EngineSubject(execution, parts, graph), self._settings))
         except GpuoptError as error:
@@ -151,7 +151,7 @@ class EngineBench:
         self, group: str, name: str, shapes: Mapping[str, Shape], count: int, parts: Sequence[Part], includes: str,
         enqueued: int,
     ) -> Row:  # fmt: skip
-        batch = _batch(shapes)
+        batch = batch_size(shapes)
         try:
             with ExitStack() as stack:
                 ready = [stack.enter_context(self._ready(shapes)) for _ in range(count)]
@@ -192,7 +192,7 @@ class EngineBench:
         path = self._request.beside
         if path is None:
             return
-        batch = _batch(shapes)
+        batch = batch_size(shapes)
         with ExitStack() as stack:
             record = engine_record.read(path)
             loaded = LoadedEngine.open(path, self.device, record, trust=self._request.trust)
@@ -205,19 +205,19 @@ class EngineBench:
             includes = f"{_DEVICE}; {self._how}; on every stream the next one waits enqueued"
             alone = [self._in_turn([subject], _ENQUEUED) for subject in (one, two)]
             yield throughput_row("beside", "this engine alone", batch, includes, alone[0])
-            yield throughput_row("beside", f"{path.name} alone", _batch(other_shapes), includes, alone[1])
+            yield throughput_row("beside", f"{path.name} alone", batch_size(other_shapes), includes, alone[1])
             pairs = [2 * time for time in self._in_turn([one, two], _ENQUEUED)]
             yield throughput_row("beside", "both at once, a pair", batch, f"{includes}; one inference of each", pairs)
 
     def _batches(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
         """Other batch sizes of the profile."""
         profile = self._engine.profiles[self._engine.profile_for(shapes)]
-        bounds = next(iter(profile.values()))
-        if not bounds.opt:
+        bounds = next((bounds for bounds in profile.values() if bounds.opt), None)
+        if bounds is None:
             return
         wanted = self._request.batches or tuple(dict.fromkeys((bounds.min[0], bounds.opt[0], bounds.max[0])))
         for batch in wanted:
-            resized = {name: (batch, *shape[1:]) for name, shape in shapes.items()}
+            resized = {name: (batch, *shape[1:]) if shape else shape for name, shape in shapes.items()}
             try:
                 with self._ready(resized) as execution:
                     includes = f"{_DEVICE}; {self._how}"
@@ -266,8 +266,3 @@ class EngineBench:
             self.memory[f"held_bytes_{label}"] = pools.device.held_bytes
             pools.device.close()
             pools.pinned.close()
-
-
-def _batch(shapes: Mapping[str, Shape]) -> int:
-    first = next(iter(shapes.values()))
-    return first[0] if first else 1

@@ -18,6 +18,7 @@ from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.engine_record import Trust
 from gpuopt.errors import EngineError, RequirementError, UsageError
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.profiling import layers
 from gpuopt.profiling.peaks import peak_of
 from gpuopt.progress import Progress
@@ -85,7 +86,9 @@ def profile(
             peak = peak_of(devices[0].name) if devices else None
             if peak is None:
                 warnings.append("the peaks of this GPU are not in the table: no floors are told")
-            found = layers.of_engine(engine, _graph(folder, scratch), iterations, peak, trust)
+            graph = _graph(folder, scratch)
+            with gpu_turn(progress):
+                found = layers.of_engine(engine, graph, iterations, peak, trust)
         elif folder is None:
             raise EngineError(f"{subject.name} cannot be run here: {missing}", "Run it where it was built.")
         else:

@@ -15,8 +15,9 @@ from gpuopt.bench import conditions
 from gpuopt.bench.measuring import Measurement, Settings, measure
 from gpuopt.bench.statistics import PERCENTILES
 from gpuopt.engine_record import Trust
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.reference import Reference
-from gpuopt.shapes import Shape, format_shape
+from gpuopt.shapes import Shape, batch_size, format_shape
 from gpuopt.stages.context import StageContext
 
 MOST_TIMINGS = 2000
@@ -33,7 +34,7 @@ def run(context: StageContext) -> StageOutcome:
     """
     stored = reference.load(context.folder("reference"))
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
-    batch = next((shape[0] for shape in shapes.values() if shape), 1)
+    batch = batch_size(shapes)
     about = {
         "target": context.target,
         "shapes": {name: format_shape(shape) for name, shape in shapes.items()},
@@ -105,7 +106,7 @@ def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape
     path = next(file for file in sorted(context.folder("engine").iterdir()) if file.suffix == ".engine")
     record = engine_record.read(path)
     trust = Trust([Path(name) for name in build.plugins], build.version_compatible)
-    with conditions.watched(pci_bus_id()) as state, Device() as device:
+    with gpu_turn(context.progress), conditions.watched(pci_bus_id()) as state, Device() as device:
         engine = LoadedEngine.open(path, device, record, trust=trust)
         with engine.execution(shapes) as execution:
             corner = next((c for c in stored.corners if dict(c.shapes) == dict(shapes)), None)

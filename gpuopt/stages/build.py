@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from gpuopt.calibration.reading import open_for_model
 from gpuopt.engine_record import EngineRecord, TensorRecord
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.reference import Array, Reference
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
@@ -46,7 +48,10 @@ def run(context: StageContext) -> StageOutcome:
     native = recipe_is_native(context)
     if native:
         options = replace(options, calibration=_native_calibration(context, stored))
-    built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
+    # TensorRT-RTX times no kernels.
+    turn = gpu_turn(context.progress) if context.target == "tensorrt" else contextlib.nullcontext(0.0)
+    with turn as waited:
+        built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
     path = context.made("engine") / ENGINE_FILE[context.target]
     write_bytes(path, built.plan)
     record = _record(path, context, built, stored, gpu)
@@ -66,6 +71,7 @@ def run(context: StageContext) -> StageOutcome:
         "timing_cache": _timing_facts(built.timing_cache),
         "repairs": list(built.repairs),
         "build_seconds": round(built.seconds, 3),
+        "waited_seconds": round(waited, 3),
         "builder_messages": list(built.messages),
     }
     return StageOutcome(facts, built.warnings)

@@ -23,6 +23,7 @@ from gpuopt.backends.tensorrt.runtime import (
 from gpuopt.comparison import Array, batch_invariance, compare
 from gpuopt.cuda.device import Device
 from gpuopt.engine_record import Trust
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
@@ -44,7 +45,8 @@ def run(context: StageContext) -> StageOutcome:
     stored = reference.load(context.folder("reference"))
     built = context.recipe.build
     trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
-    result = prove(path, stored, context.recipe.verify, context.recipe.built_precision, trust)
+    with gpu_turn(context.progress):
+        result = prove(path, stored, context.recipe.verify, context.recipe.built_precision, trust)
     write_json(context.made("proof") / PROOF_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
 

@@ -11,6 +11,7 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.bench.measuring import Race, Subject, race
 from gpuopt.bench.subjects import EngineSubject, SessionSubject
 from gpuopt.engine_record import Trust
+from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
 from gpuopt.shapes import format_shape
@@ -54,7 +55,7 @@ def _race_engines(folders: Mapping[str, Path], stored: Reference, context: Stage
     built = context.recipe.build
     trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
     shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
-    with Device() as device, ExitStack() as stack:
+    with gpu_turn(context.progress), Device() as device, ExitStack() as stack:
         subjects: dict[str, Subject] = {}
         for name, folder in folders.items():
             path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")

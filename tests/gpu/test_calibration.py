@@ -11,7 +11,7 @@ import pytest
 
 from gpuopt.calibration.collectors import METHODS, RangeCollector
 from gpuopt.calibration.run import RunOptions, calibrate
-from tests.unit.calibration.test_run import TENSORS, Samples, images, network
+from tests.unit.calibration.networks import TENSORS, Samples, images, network
 
 _TF32 = 5e-3
 """Convolutions on the GPU multiply with ten bits of mantissa; one bin of a range's histogram is as wide again."""

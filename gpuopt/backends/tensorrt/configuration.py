@@ -88,7 +88,7 @@ def configure(
     networks.fix_static_inputs(network, profiles)
     for profile in profiles:
         config.add_optimization_profile(networks.optimization_profile(builder, network, profile))
-    attached = timing_cache.attach(config, trt, options, library_log(trt).messages["ERROR"])
+    attached = timing_cache.attach(config, trt, options, library_log(trt).messages)
     return Configured(config, attached, applied, attached.warnings if attached else ())
 
 

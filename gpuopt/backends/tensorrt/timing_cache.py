@@ -20,6 +20,8 @@ from gpuopt.storage import storage_errors, write_bytes
 _LOCK_SECONDS = 10.0
 """How long a save waits for others, which hold the lock while they read, combine and write."""
 _NOT_USED = "timing cache will not be used"
+_SILENT: Mapping[str, Sequence[str]] = {"ERROR": (), "NOTED": ()}
+_LOADED = re.compile(r"Loaded [1-9]\d* timing cache entries")
 _HITS = re.compile(r"(\d+) entries, served (\d+) hits")
 
 
@@ -55,11 +57,14 @@ def file_name(target: str, library_version: str, gpu: Gpu) -> str:
     return re.sub(r"[^\w.-]+", "_", words) + ".timing"
 
 
-def attach(config: Any, trt: ModuleType, options: BuildOptions, errors: Sequence[str] = ()) -> Attached | None:
+def attach(
+    config: Any, trt: ModuleType, options: BuildOptions, messages: Mapping[str, Sequence[str]] = _SILENT
+) -> Attached | None:
     """Give the builder the timing cache of `options`, or an empty one that is filled.
 
     Args:
-        errors: the library's log, which grows: TensorRT 8 takes a cache that it cannot read, and says so there alone.
+        messages: the library's log by level, which grows: TensorRT 8 takes a cache that it cannot read, and says so
+            there alone. It says the same of one whose timings it has loaded all but those of Myelin's.
 
     Raises:
         BuildError: `require_timing_cache`, and it is not there or does not fit.
@@ -80,16 +85,17 @@ def attach(config: Any, trt: ModuleType, options: BuildOptions, errors: Sequence
             f"there is no timing cache {path}, and it is required",
             "Build once without --require-timing-cache on the same kind of GPU, and keep the file.",
         )
-    before = len(errors)
+    errors, noted = len(messages["ERROR"]), len(messages["NOTED"])
     cache = _fitting(config, content)
-    if any(_NOT_USED in line for line in errors[before:]):
-        cache = None
-    if cache is not None and (content or not options.require_timing_cache):
+    is_refused = any(_NOT_USED in line for line in messages["ERROR"][errors:])
+    is_read = not is_refused or any(_LOADED.search(line) for line in messages["NOTED"][noted:])
+    if cache is not None and is_read and (content or not options.require_timing_cache):
         return Attached(cache, len(content), ())
     reason = f"the timing cache {path} does not fit TensorRT {trt.__version__} and this GPU, or is damaged"
     if options.require_timing_cache:
         raise BuildError(reason, "Build once without --require-timing-cache, which replaces it.")
-    empty = _fitting(config, b"")
+    # TensorRT 8 fills one that it could not read, and takes no other after it.
+    empty = cache if is_refused else _fitting(config, b"")
     if empty is None:
         return None
     return Attached(empty, 0, (f"{reason}; it is replaced",))

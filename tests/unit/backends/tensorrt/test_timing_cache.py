@@ -47,23 +47,50 @@ class Config:
         return not ignore_mismatch and b"foreign" not in cache.entries
 
 
+class Config85(Config):
+    """TensorRT 8.5 as seen on an H100: takes one cache, of any content, and tells in the log alone what it did."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, list[str]] = {"ERROR": ["an error of before"], "NOTED": []}
+        self.taken = 0
+
+    def create_timing_cache(self, content: bytes) -> Cache | None:
+        if content:
+            self.messages["ERROR"].append("4: The timing cache will not be used!")
+        if content.startswith(HEAD):
+            self.messages["NOTED"].append("Loaded 18 timing cache entries.")
+        return Cache(content if content.startswith(HEAD) else b"")
+
+    def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
+        self.taken += 1
+        return self.taken == 1
+
+
 def test_a_cache_that_the_log_alone_refuses_is_not_said_to_be_read(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    path.write_bytes(HEAD + b"a")
-    log: list[str] = ["an error of before"]
-
-    class Forgetful(Config):
-        def create_timing_cache(self, content: bytes) -> Cache | None:
-            if content:
-                log.append("4: The timing cache will not be used!")
-            return Cache(b"")
-
-    found = timing_cache.attach(Forgetful(), TRT, BuildOptions(timing_cache=path), log)
+    path.write_bytes(b"damaged")
+    config = Config85()
+    found = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path), config.messages)
     assert found is not None
     assert found.read_bytes == 0
     assert "does not fit TensorRT 8.5.3.1" in found.warnings[0]
+    found.cache.entries.add(b"a")
+    timing_cache.save(config, found, path, {})
+    assert path.read_bytes() == HEAD + b"a"
+    path.write_bytes(b"damaged")
+    required = BuildOptions(timing_cache=path, require_timing_cache=True)
     with pytest.raises(BuildError, match="does not fit"):
-        timing_cache.attach(Forgetful(), TRT, BuildOptions(timing_cache=path, require_timing_cache=True), log)
+        timing_cache.attach(config, TRT, required, config.messages)
+
+
+def test_a_cache_of_which_only_myelin_s_part_is_refused_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(HEAD + b"a")
+    config = Config85()
+    required = BuildOptions(timing_cache=path, require_timing_cache=True)
+    found = timing_cache.attach(config, TRT, required, config.messages)
+    assert found is not None
+    assert (found.read_bytes, found.warnings) == (len(HEAD) + 1, ())
 
 
 def test_there_is_one_file_for_each_release_and_gpu() -> None:
