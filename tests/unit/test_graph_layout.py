@@ -355,3 +355,42 @@ def test_only_a_factor_needs_no_centre() -> None:
     found = graph_layout.set_form(model, {"x": form}, {"y": TensorForm()}, True)["x"]
     assert found.to_json() == {"factor": "weights", "center": "", "reason": ""}
     assert [node.op_type for node in model.graph.node] == ["Cast", "Conv"]
+
+
+@pytest.mark.parametrize("spatial", [(9,), (5, 4, 6)])
+@pytest.mark.parametrize("pads", [0, 1])
+@pytest.mark.parametrize("for_int8", [True, False])
+def test_bytes_of_sound_and_of_volumes_are_folded_too(
+    spatial: tuple[int, ...], pads: int, for_int8: bool, tmp_path: Path
+) -> None:
+    graph = Graph((2, 2, *spatial), 0)
+    kernel = [3] * len(spatial)
+    weight = graph.weights(4, 2, *kernel)
+    graph.now = graph.add("Conv", ["x", weight], pads=[pads] * 2 * len(spatial), kernel_shape=kernel)
+    model = graph.finished("plain", True)
+    normalization = Normalization((0.4, 0.6), (0.2, 0.3), 1 / 255)
+    raw = graph.generator.integers(0, 256, (3, 2, *spatial)).astype(np.uint8)
+    expected = ran(model, {"x": normalization.apply(raw)}, tmp_path / "a")["y"]
+    form = TensorForm(True, normalization)
+    found = graph_layout.set_form(model, {"x": form}, {"y": LAST}, for_int8)["x"]
+    assert (found.factor, found.center) == ("weights", "Sub" if pads else "Sub, bias" if for_int8 else "bias")
+    got = ran(model, {"x": np.moveaxis(raw, 1, -1)}, tmp_path / "b")["y"]
+    np.testing.assert_allclose(np.moveaxis(got, -1, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_else_the_optimizer_would_change_is_told(tmp_path: Path) -> None:
+    graph = Graph((1, 4, 6, 5), 0)
+    graph.relu()
+    model = graph.finished("plain", False)
+    changed = copied(model)
+    changed.graph.node[0].op_type = "Sigmoid"
+    assert graph_layout._other_change(model, changed) == "'/block0/Relu' from Relu to Sigmoid"
+    fused = copied(model)
+    fused.graph.node[0].domain = "com.microsoft"
+    assert graph_layout._other_change(model, fused) == "the domain of '/block0/Relu' to com.microsoft"
+    dropped = copied(model)
+    del dropped.graph.node[0]
+    assert graph_layout._other_change(model, dropped) == "more than Transposes: it drops Relu '/block0/Relu'"
+    added = copied(model)
+    added.graph.node.append(helper.make_node("Cast", ["x"], ["c"], name="more", to=1))
+    assert graph_layout._other_change(model, added) == "more than Transposes: it adds a Cast"
