@@ -394,3 +394,33 @@ def test_what_else_the_optimizer_would_change_is_told(tmp_path: Path) -> None:
     added = copied(model)
     added.graph.node.append(helper.make_node("Cast", ["x"], ["c"], name="more", to=1))
     assert graph_layout._other_change(model, added) == "more than Transposes: it adds a Cast"
+
+
+def test_nothing_but_transposes_is_optimised_away(tmp_path: Path) -> None:
+    """Duplicates, no-ops, a BatchNorm to fold, constants to compute: all of it stays, with its names."""
+    graph = Graph((1, 4, 6, 6), 0)
+    last = graph.add("Transpose", ["x"], perm=[0, 2, 3, 1])
+    one = graph.add("Mul", [last, graph.weights(4)])
+    two = graph.add("Mul", [last, graph.constants[-1].name])
+    twice = graph.add("Dropout", [graph.add("Identity", [graph.add("Add", [one, two])])])
+    graph.now = graph.add("Transpose", [twice], perm=[0, 3, 1, 2])
+    graph.conv()
+    channels = graph.shape[1]
+    numbers = [graph.constant(np.abs(graph.generator.standard_normal(channels))) for _ in range(4)]
+    graph.now = graph.add("BatchNormalization", [graph.now, *numbers])
+    graph.relu()
+    graph.now = graph.add("Clip", [graph.now, graph.constant(0.0), graph.constant(6.0)])
+    graph.now = graph.add("Reshape", [graph.now, graph.add("Shape", [graph.now])])
+    axis = graph.constant([0], np.int64)
+    graph.now = graph.add("Squeeze", [graph.add("Unsqueeze", [graph.now, axis]), axis])
+    graph.now = graph.add("Mul", [graph.now, graph.constant(1.0)])
+    graph.now = graph.add("Expand", [graph.now, graph.constant([1, 1, 1, 1], np.int64)])
+    model = graph.finished("plain", True)
+    value = graph.generator.standard_normal((1, 4, 6, 6)).astype(np.float32)
+    expected = ran(model, {"x": value}, tmp_path / "a")["y"]
+    graph_layout.set_form(model, {"x": LAST}, {"y": LAST}, for_int8=False)
+    moved, reason = graph_layout.without_needless_transposes(model, tmp_path)
+    assert (reason, graph_layout.transposes(model), graph_layout.transposes(moved)) == ("", 4, 2)
+    named = {node.name: node.op_type for node in model.graph.node if node.op_type != "Transpose"}
+    assert {node.name: node.op_type for node in moved.graph.node if node.op_type != "Transpose"} == named
+    assert np.array_equal(ran(moved, {"x": LAST.deployed(value)}, tmp_path / "b")["y"], LAST.deployed(expected))
