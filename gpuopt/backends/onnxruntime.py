@@ -122,8 +122,10 @@ def layout_kernels(optimized: Path) -> LayoutKernels:
 
 
 def _is_last(node: onnx.NodeProto) -> bool:
-    """QLinearConv and the like have the layout as an attribute."""
-    return any(attribute.name == "channels_last" and attribute.i == 1 for attribute in node.attribute)
+    """QLinearConv and the like have the layout as an attribute; so has the change back from NCHWc."""
+    return not node.op_type.startswith("Reorder") and any(
+        attribute.name == "channels_last" and attribute.i == 1 for attribute in node.attribute
+    )
 
 
 def execution_providers(choice: Literal["auto", "cpu", "cuda"]) -> tuple[str, ...]:
