@@ -189,6 +189,29 @@ EvaluationOption = Annotated[
         "--evaluation-data", help="Like --calibration-data; it may hold labels. [default: the calibration data]"
     ),
 ]
+InputLayoutOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-layout", metavar="[NAME=]LAYOUT", help="nhwc: channels last, of one input or all; repeatable."
+    ),
+]
+OutputLayoutOption = Annotated[
+    list[str] | None,
+    typer.Option("--output-layout", metavar="[NAME=]LAYOUT", help="As --input-layout, of the outputs."),
+]
+InputDtypeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-dtype",
+        metavar="[NAME=]DTYPE",
+        help="uint8: bytes, normalised in the graph as (bytes * scale - mean) / std; repeatable.",
+    ),
+]
+MeanOption = Annotated[
+    str | None, typer.Option("--mean", metavar="N,...", help="Of uint8 inputs, after the scale. [default: 0]")
+]
+StdOption = Annotated[str | None, typer.Option("--std", metavar="N,...", help="Of uint8 inputs. [default: 1]")]
+ScaleOption = Annotated[str | None, typer.Option("--scale", help="Factor of uint8 inputs. [default: 1/255]")]
 NoCacheFlag = Annotated[bool, typer.Option("--no-cache", help="Run every stage, keep nothing.")]
 ExcludeNodesOption = Annotated[
     list[str] | None,
@@ -245,6 +268,12 @@ def compile(  # noqa: A001 - the command's name
     min_shapes: MinShapesOption = None,
     opt_shapes: OptShapesOption = None,
     max_shapes: MaxShapesOption = None,
+    input_layout: InputLayoutOption = None,
+    output_layout: OutputLayoutOption = None,
+    input_dtype: InputDtypeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    scale: ScaleOption = None,
     calibration_data: DataOption = None,
     calibration_method: MethodOption = None,
     calibration_samples: SamplesOption = None,
@@ -327,7 +356,9 @@ def compile(  # noqa: A001 - the command's name
     io_formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--io-format", metavar="NAME=DTYPE:FORMAT", help="Of an input or output, as image=fp16:hwc8; repeatable."
+            "--io-format",
+            metavar="NAME=DTYPE:FORMAT",
+            help="Of an input or output, as image=fp16:hwc8, repeatable; or auto: the fastest.",
         ),
     ] = None,
     benchmark: Annotated[
@@ -385,6 +416,12 @@ def compile(  # noqa: A001 - the command's name
         min_shapes=tuple(min_shapes or ()),
         opt_shapes=tuple(opt_shapes or ()),
         max_shapes=tuple(max_shapes or ()),
+        input_layout=tuple(input_layout or ()),
+        output_layout=tuple(output_layout or ()),
+        input_dtype=tuple(input_dtype or ()),
+        mean=mean,
+        std=std,
+        scale=scale,
         calibration_data=calibration_data,
         calibration_method=_value(calibration_method),
         calibration_samples=calibration_samples,
@@ -447,6 +484,12 @@ def quantize(
     min_shapes: MinShapesOption = None,
     opt_shapes: OptShapesOption = None,
     max_shapes: MaxShapesOption = None,
+    input_layout: InputLayoutOption = None,
+    output_layout: OutputLayoutOption = None,
+    input_dtype: InputDtypeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    scale: ScaleOption = None,
     calibration_data: DataOption = None,
     calibration_method: MethodOption = None,
     calibration_samples: SamplesOption = None,
@@ -480,6 +523,12 @@ def quantize(
         min_shapes=tuple(min_shapes or ()),
         opt_shapes=tuple(opt_shapes or ()),
         max_shapes=tuple(max_shapes or ()),
+        input_layout=tuple(input_layout or ()),
+        output_layout=tuple(output_layout or ()),
+        input_dtype=tuple(input_dtype or ()),
+        mean=mean,
+        std=std,
+        scale=scale,
         calibration_data=calibration_data,
         calibration_method=_value(calibration_method),
         calibration_samples=calibration_samples,
@@ -520,6 +569,12 @@ def analyze(
     min_shapes: MinShapesOption = None,
     opt_shapes: OptShapesOption = None,
     max_shapes: MaxShapesOption = None,
+    input_layout: InputLayoutOption = None,
+    output_layout: OutputLayoutOption = None,
+    input_dtype: InputDtypeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    scale: ScaleOption = None,
     calibration_data: DataOption = None,
     calibration_method: MethodOption = None,
     calibration_samples: SamplesOption = None,
@@ -553,6 +608,12 @@ def analyze(
         min_shapes=tuple(min_shapes or ()),
         opt_shapes=tuple(opt_shapes or ()),
         max_shapes=tuple(max_shapes or ()),
+        input_layout=tuple(input_layout or ()),
+        output_layout=tuple(output_layout or ()),
+        input_dtype=tuple(input_dtype or ()),
+        mean=mean,
+        std=std,
+        scale=scale,
         calibration_data=calibration_data,
         calibration_method=_value(calibration_method),
         calibration_samples=calibration_samples,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gpuopt
-from gpuopt import bundle, environment, gates
+from gpuopt import bundle, environment, gates, io_formats
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.engine_record import Trust
@@ -144,12 +144,18 @@ def compile_model(
     choice: Choice | None = None
 
     judged: list[GateReport] = []
+    format_race: dict[str, Any] | None = None
+    # Formats are measured of what is finished; until then, and where nothing runs, inputs and outputs are linear.
+    measures_formats = io_formats.asks_for_the_fastest(recipe)
+    if measures_formats:
+        recipe = io_formats.with_formats(recipe, {})
 
     def finished(failure: GpuoptError | None, stage: str | None = None) -> Report:
         report = _report(recipe, runner, failure, command, time.monotonic() - started)
         about: dict[str, Any] = {
             "warnings": [*notes, *report.warnings],
             "race": choice.table if choice is not None and choice.table else None,
+            "format_race": format_race,
             "gates": judged,
             "gate_mode": recipe.gates.mode,
         }
@@ -172,7 +178,8 @@ def compile_model(
             if choice.winner is not None:
                 recipe, runner = choice.winner.recipe, choice.winner.runner
                 runner.recipe = recipe
-                runner.run(only=("benchmark",))
+                if not measures_formats:
+                    runner.run(only=("benchmark",))
             else:
                 # The error is the first candidate's.
                 runner = contest.runners[0]
@@ -183,6 +190,17 @@ def compile_model(
             if error is None and recipe.precision == "int8" and can_check_speed(recipe):
                 choice = contest.check(runner)
                 error = choice.error
+        if measures_formats and runner is not None and runner.at_work is None and error is None:
+            if io_formats.why_not_measured(recipe):
+                format_race = io_formats.unmeasured(recipe)
+                progress.warn(f"build.io_formats auto: {format_race['verdict']}")
+                notes.append(f"build.io_formats auto: {format_race['verdict']}")
+            else:
+                kept = io_formats.choose(runner, contest.made, cache, progress)
+                recipe, runner, format_race = kept.recipe, kept.runner, kept.table
+                runner.recipe = recipe
+            if not any(result.step.stage.name == "benchmark" for result in runner.results):
+                runner.run(only=("benchmark",))
         if runner is not None and runner.at_work is None and (choice is None or choice.winner is not None):
             judged.extend(gates.evaluate(finished(error), recipe))
             before = error
@@ -198,7 +216,7 @@ def compile_model(
     report = finished(error, at_gates)
     try:
         if error is None:
-            _write(destination, recipe, runner, report)
+            _write(destination, io_formats.as_shipped(recipe, format_race), runner, report)
             bundle.remove(failed_folder(destination))
         elif runner is not None:
             with reduction.kept(recipe, runner, error, progress) as reduced:
@@ -273,6 +291,7 @@ def verify_bundle(
             "verification": result,
             # Speed was measured on the machine of the compilation.
             "race": None,
+            "format_race": None,
             "benchmarks": [],
             "gates": [],
             "gate_mode": recipe.gates.mode,

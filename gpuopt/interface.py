@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from gpuopt import reference
+from gpuopt.deployed_form import BYTES, form_of_input
 from gpuopt.errors import DataError, UsageError
 from gpuopt.recipe import InputSection, Recipe
 from gpuopt.shapes import Profile, ShapeRange, TensorSpec, corners, format_shape
@@ -176,11 +178,47 @@ def with_model_names(samples: Sequence[reference.Feed], stated: Sequence[StatedI
 def corner_feeds(
     recipe: Recipe, resolved: ResolvedInputs, samples: Sequence[reference.Feed]
 ) -> dict[str, dict[str, reference.Array]]:
-    """Reference inputs for every corner of the profiles, by corner name."""
-    known = value_bounds(recipe.inputs, resolved.inputs[0].name)
+    """Reference inputs for every corner of the profiles, by corner name, in the original model's form.
+
+    What the deployed model takes as bytes is made of bytes.
+
+    Args:
+        samples: in the original model's form.
+    """
+    bounds = value_bounds(recipe.inputs, resolved.inputs[0].name)
+    norms = {
+        spec.name: norm
+        for spec in resolved.inputs
+        if (norm := form_of_input(recipe.layout, spec.name).normalization) is not None
+    }
+    known = {**dict.fromkeys(norms, BYTES), **bounds}
+    generated = {name for name in norms if not any(name in sample for sample in samples)}
+    specs = [replace(spec, dtype="uint8") if spec.name in generated else spec for spec in resolved.inputs]
+    feeds = {}
+    for index, corner in enumerate(corners(resolved.profiles)):
+        feed = reference.make_feed(corner, specs, samples, known, recipe.export.seed + index)
+        for spec in resolved.inputs:
+            if spec.name in generated:
+                feed[spec.name] = norms[spec.name].apply(feed[spec.name]).astype(spec.dtype)
+        feeds[corner.name] = feed
+    return feeds
+
+
+def facts_of(stored: reference.Reference) -> dict[str, Any]:
+    """Names, dtypes and shapes, for the report."""
     return {
-        corner.name: reference.make_feed(corner, resolved.inputs, samples, known, recipe.export.seed + index)
-        for index, corner in enumerate(corners(resolved.profiles))
+        "inputs": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "profiles": [
+                    {part: format_shape(getattr(profile[spec.name], part)) for part in ("min", "opt", "max")}
+                    for profile in stored.profiles
+                ],
+            }
+            for spec in stored.inputs
+        ],
+        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": format_shape(s.shape)} for s in stored.outputs],
     }
 
 

@@ -182,7 +182,7 @@ def rename_interface(model: onnx.ModelProto, inputs: Sequence[str], outputs: Seq
     wanted = dict(zip([*given, *(v.name for v in model.graph.output)], [*inputs, *outputs], strict=True))
     taken = sorted(set(wanted.values()) - set(wanted))
     renamed = {**{name: free_name(f"{name}_inner", used) for name in taken}, **wanted}
-    _rename_tensors(model.graph, {old: new for old, new in renamed.items() if old != new})
+    rename_tensors(model.graph, {old: new for old, new in renamed.items() if old != new})
 
 
 def tensors_used(graph: onnx.GraphProto) -> set[str]:
@@ -232,7 +232,7 @@ def constant_outputs_made_by_nodes(model: onnx.ModelProto) -> None:
     for value in model.graph.output:
         if value.name in constants:
             name, inner = value.name, free_name(f"{value.name}_inner", used)
-            _rename_tensors(model.graph, {name: inner})
+            rename_tensors(model.graph, {name: inner})
             value.name = name
             model.graph.node.append(helper.make_node("Identity", [inner], [name], name=name))
 
@@ -244,7 +244,8 @@ def free_name(name: str, used: set[str]) -> str:
     return free
 
 
-def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+def rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Give tensors other names everywhere, in subgraphs, inputs and outputs, too."""
     for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         value.name = renamed.get(value.name, value.name)
     for node in graph.node:
@@ -252,7 +253,7 @@ def _rename_tensors(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
             for index, name in enumerate(names):
                 names[index] = renamed.get(name, name)
         for inner in subgraphs(node):
-            _rename_tensors(inner, renamed)
+            rename_tensors(inner, renamed)
 
 
 def static_axes(model: onnx.ModelProto, dynamic: dict[str, tuple[int, ...]]) -> list[str]:

@@ -112,17 +112,21 @@ _PLACEMENT = (
 )  # fmt: skip
 _RANGES = ("calibrate.method", "calibrate.percentile", "calibrate.values")
 _EQUALIZATION = ("quantize.equalize", "quantize.smooth_alpha")
-_SAMPLES = ("inputs", "calibrate.images", "calibrate.random", "export.seed")
+_SAMPLES = ("inputs", "layout", "calibrate.images", "calibrate.random", "export.seed")
 
 STAGES = (
     Stage(
-        "samples", (), ("samples",), ("inputs", "calibrate.images"), ("numpy", "pillow"), sources=("data",)
+        "samples", (), ("samples",), ("inputs", "layout", "calibrate.images"), ("numpy", "pillow"), sources=("data",)
     ),
     Stage(
-        "export", ("samples",), ("onnx", "reference"), ("model", "inputs", "profiles", "export"),
+        "export", ("samples",), ("onnx", "reference"), ("model", "inputs", "layout", "profiles", "export"),
         ("torch", "onnxscript", *_ORT), sources=("model",),
     ),
     Stage("simplify", ("onnx", "reference"), ("onnx",), ("simplify",), ("onnxslim", *_ORT)),
+    Stage(
+        "layout", ("onnx", "reference"), ("onnx", "reference"), ("layout", "precision"), _ORT,
+        applies=lambda recipe: recipe.layout.changes,
+    ),
     Stage(
         "equalize", ("onnx", "reference"), ("onnx", "float_onnx"),
         (*_SAMPLES, *_RANGES, "calibrate.samples", "calibrate.ranges", "calibrate.max_memory", *_PLACEMENT,
@@ -131,7 +135,7 @@ STAGES = (
     ),
     Stage(
         "calibrate", ("onnx", "reference"), ("ranges",),
-        ("calibrate", "inputs", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
+        ("calibrate", "inputs", "layout", "export.seed", "quantize.format", "quantize.min_channels"), _ORT,
         applies=_is_int8, sources=("data",),
     ),
     Stage(

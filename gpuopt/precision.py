@@ -33,7 +33,7 @@ from gpuopt.stages.context import StageContext
 from gpuopt.worker import Worker
 
 PRECISE_FIRST = ("fp32", "fp16", "mixed", "int8")
-_OUT_OF_THE_RACE = (AccuracyError, BuildError, PrecisionError, QuantizationError)
+OUT_OF_THE_RACE = (AccuracyError, BuildError, PrecisionError, QuantizationError)
 _SLOWER = 1.05
 """A node goes back to FP16 where its layers take longer by so much: below it timings of single layers are noise."""
 
@@ -130,17 +130,22 @@ class Contest:
             )
         return choice
 
+    def made(self, name: str, recipe: Recipe) -> tuple[Runner, GpuoptError | None]:
+        """Run a candidate, all but its benchmark; the run, and why it is out of the race."""
+        found = self._made(name, recipe)
+        return found.runner, found.error
+
     def _made(self, name: str, recipe: Recipe, excluded: tuple[str, ...] = ()) -> Candidate:
         # Only what ships is benchmarked, once it is known.
         unmeasured = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"enabled": "off"})})
         runner = Runner(unmeasured, self.cache, self.progress, f"{self.run_name} {name}", self.explain)
         self.runners.append(runner)
-        self.progress.line(f"precision {name}")
+        self.progress.line(f"precision {name}" if name in PRECISE_FIRST else name)
         error: GpuoptError | None = None
         try:
             runner.run()
             error = self.verdict(runner)
-        except _OUT_OF_THE_RACE as failure:
+        except OUT_OF_THE_RACE as failure:
             error = failure
         if error is not None:
             self.progress.warn(_out(name, error))
@@ -166,7 +171,10 @@ class Contest:
         if not running:
             errors = {name: c.error for name, c in candidates.items() if c.error is not None}
             return Choice(None, {}, next(iter(errors.values())), tuple(_out(name, e) for name, e in errors.items()))
-        facts = self._raced(running, target)
+        facts = time_in_turn(
+            {name: candidate.runner for name, candidate in running.items()},
+            target, self.recipe, self.cache, self.progress,
+        )  # fmt: skip
         found = Race(facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()})
         best = fastest(found)
         ratios = {n: _json(found.ratio(n, "fp16")) for n in running if n != "fp16"} if "fp16" in running else {}
@@ -181,29 +189,37 @@ class Contest:
         }
         return Choice(candidates[best], table)
 
-    def _raced(self, running: Mapping[str, Candidate], target: str) -> Mapping[str, Any]:
-        artifacts: dict[str, Artifact] = {}
-        for name, candidate in running.items():
-            kind, owner = ("onnx", "") if target == "onnxruntime" else ("engine", target)
-            made, stored = candidate.runner.artifact(kind, owner), candidate.runner.artifact("reference")
-            if made is None or stored is None:
-                raise GpuoptError(f"candidate {name} has no {kind}")
-            artifacts[f"subject {name}"] = made
-            artifacts.setdefault("reference", stored)
-        parts = race_key(target, self.recipe.speed.seconds, artifacts)
-        if entry := self.cache.lookup(parts):
-            return entry.facts
-        with self.progress.stage(f"race {target}"), self.cache.scratch() as scratch, Worker() as worker:
-            staged = scratch / "result"
-            staged.mkdir()
-            recipe = self.recipe.restricted_to(("speed", "build.plugins", "build.version_compatible"))
-            context = StageContext(recipe, artifacts, staged, self.progress, target=target)
-            outcome, seconds = worker.run("race", context)
-            record = {"facts": dict(outcome.facts), "warnings": [], "seconds": round(seconds, 3)}
-            facts: Mapping[str, Any] = self.cache.store(parts, staged, record).facts
-        shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(facts["milliseconds"].items()))
-        self.progress.line(f"{'race ' + target:<22}{seconds:>6.1f} s   {shown}")
-        return facts
+
+def time_in_turn(
+    running: Mapping[str, Runner], target: str, recipe: Recipe, cache: Cache, progress: Progress
+) -> Mapping[str, Any]:
+    """The race of finished runs' engines, or of their ONNX files for `onnxruntime`: facts of `stages/race.py`.
+
+    Args:
+        recipe: whose `speed` and `build` say how.
+    """
+    artifacts: dict[str, Artifact] = {}
+    for name, runner in running.items():
+        kind, owner = ("onnx", "") if target == "onnxruntime" else ("engine", target)
+        made, stored = runner.artifact(kind, owner), runner.artifact("reference")
+        if made is None or stored is None:
+            raise GpuoptError(f"candidate {name} has no {kind}")
+        artifacts[f"subject {name}"] = made
+        artifacts.setdefault("reference", stored)
+    parts = race_key(target, recipe.speed.seconds, artifacts)
+    if entry := cache.lookup(parts):
+        return entry.facts
+    with progress.stage(f"race {target}"), cache.scratch() as scratch, Worker() as worker:
+        staged = scratch / "result"
+        staged.mkdir()
+        restricted = recipe.restricted_to(("speed", "build.plugins", "build.version_compatible"))
+        context = StageContext(restricted, artifacts, staged, progress, target=target)
+        outcome, seconds = worker.run("race", context)
+        record = {"facts": dict(outcome.facts), "warnings": [], "seconds": round(seconds, 3)}
+        facts: Mapping[str, Any] = cache.store(parts, staged, record).facts
+    shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(facts["milliseconds"].items()))
+    progress.line(f"{'race ' + target:<22}{seconds:>6.1f} s   {shown}")
+    return facts
 
 
 def race_key(target: str, seconds: float, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
@@ -269,9 +285,9 @@ def can_check_speed(recipe: Recipe) -> bool:
     )
 
 
-def fastest(found: Race) -> str:
-    """The fastest; where the difference is within the noise, the most precise of those."""
-    names = [name for name in PRECISE_FIRST if name in found.milliseconds]
+def fastest(found: Race, preferred: Sequence[str] = PRECISE_FIRST) -> str:
+    """The fastest; where the difference is within the noise, the first of those in the order of preference."""
+    names = [name for name in preferred if name in found.milliseconds]
     best = names[0]
     for name in names[1:]:
         ratio = found.ratio(name, best)

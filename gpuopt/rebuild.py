@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 import gpuopt
-from gpuopt import bundle, environment, gates
+from gpuopt import bundle, environment, gates, io_formats
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import (
@@ -30,6 +30,7 @@ from gpuopt.compile import (
 )
 from gpuopt.errors import GpuoptError, UsageError
 from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
+from gpuopt.precision import OUT_OF_THE_RACE
 from gpuopt.progress import Progress
 from gpuopt.provenance.origin import (
     CYCLONEDX_FILE,
@@ -85,13 +86,36 @@ def build_bundle(
     environment.check_targets([engine])
     if recipe.gates.mode == "fail":
         check_provable(recipe)
+    measures_formats = io_formats.asks_for_the_fastest(recipe)
+    if measures_formats:
+        recipe = io_formats.with_formats(recipe, {})
     runner = Runner(recipe, cache, progress, f"{folder.absolute()} build")
     error: GpuoptError | None = None
+    format_race: dict[str, Any] | None = None
     with cache.scratch() as scratch:
         _adopt(runner, folder, scratch)
+
+        def candidate(name: str, wanted: Recipe) -> tuple[Runner, GpuoptError | None]:
+            made = Runner(wanted, cache, progress, f"{folder.absolute()} build {name}")
+            _take_over(made, runner)
+            progress.line(name)
+            try:
+                made.run(only=("build", "prove"))
+                return made, verdict(made)
+            except OUT_OF_THE_RACE as failure:
+                return made, failure
+
         try:
-            runner.run(only=_STAGES)
+            runner.run(only=("build", "prove") if measures_formats else _STAGES)
             error = verdict(runner)
+            if measures_formats and error is None:
+                if io_formats.why_not_measured(recipe):
+                    format_race = io_formats.unmeasured(recipe)
+                    progress.warn(f"build.io_formats auto: {format_race['verdict']}")
+                else:
+                    choice = io_formats.choose(runner, candidate, cache, progress)
+                    recipe, runner, format_race = choice.recipe, choice.runner, choice.table
+                runner.run(only=("benchmark",))
         except GpuoptError as failure:
             error = failure
         old = [s for s in before.stages if s.name in _STAGES and s.target == engine]
@@ -111,6 +135,7 @@ def build_bundle(
                 "environment": environment.describe(),
                 # Speeds are not compared here, and those of another machine say nothing about this engine.
                 "race": None,
+                "format_race": format_race,
                 "benchmarks": benchmark_reports(runner),
                 "gates": [],
                 "gate_mode": recipe.gates.mode,
@@ -136,7 +161,7 @@ def build_bundle(
                 }
             )
         if error is None:
-            _write(folder, manifest, _with_targets(recipe, report), runner, report)
+            _write(folder, manifest, _with_targets(io_formats.as_shipped(recipe, format_race), report), runner, report)
             bundle.remove(failed_folder(folder))
         elif runner.at_work is None:
             _write_failure(failed_folder(folder), recipe, report)
@@ -211,6 +236,13 @@ def _adopt(runner: Runner, folder: Path, scratch: Path) -> None:
                     shutil.copyfile(folder / location, made / location)
             runner.adopt(kind, made)
     runner.adopt("reference", folder / "reference")
+
+
+def _take_over(runner: Runner, other: Runner) -> None:
+    """The bundle's artifacts, which another run adopted."""
+    for kind in ("onnx", "engine_onnx", "reference"):
+        if artifact := other.artifact(kind):
+            runner.adopt(kind, artifact.path)
 
 
 def _with_targets(recipe: Recipe, report: Report) -> Recipe:

@@ -33,6 +33,7 @@ from gpuopt.storage import storage_errors
 MAX_RECIPE_BYTES = 1 << 20
 FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
+AUTO = "auto"
 Target = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Precision = Literal["int8", "fp16", "fp32"]
 AskedPrecision = Literal["auto", "int8", "fp16", "fp32"]
@@ -85,6 +86,16 @@ def _as_switch(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
+def _as_factor(value: Any) -> Any:
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    try:
+        over, _, under = value.partition("/")
+        return float(over) / float(under)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError("write a factor as 1/255 or 0.0039") from error
+
+
 _Size = Annotated[int, Field(ge=1, strict=True)]
 ShapeField = Annotated[tuple[_Size, ...], BeforeValidator(_as_shape), PlainSerializer(format_shape, when_used="json")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -126,7 +137,9 @@ class InputSection(Section):
     min: ShapeField | None = None
     opt: ShapeField | None = None
     max: ShapeField | None = None
-    low: float | None = Field(None, description="Smallest value of generated reference inputs.")
+    low: float | None = Field(
+        None, description="Smallest value of generated reference inputs; bytes, where it takes them."
+    )
     high: float | None = Field(None, description="Largest (integers: one past the largest) value.")
 
     def range(self) -> ShapeRange | None:
@@ -177,6 +190,72 @@ class SimplifySection(Section):
     enabled: bool = True
 
 
+Layout = Literal["nchw", "nhwc"]
+InputDtype = Literal["float", "uint8"]
+
+
+class LayoutSection(Section):
+    """What the deployed model takes and gives, where that is other than the original model's inputs and outputs.
+
+    `nhwc` stands for the channels last, whatever the number of spatial axes; `nchw` and `float` for what the original
+    model has. One value is for all inputs (outputs), a mapping for those that it names.
+    """
+
+    input: Layout | dict[str, Layout] = "nchw"
+    output: Layout | dict[str, Layout] = "nchw"
+    input_dtype: InputDtype | dict[str, InputDtype] = Field(
+        "float", description="uint8: bytes, which the graph turns into (bytes * scale - mean) / std."
+    )
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0,)
+    std: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
+    scale: Annotated[float, BeforeValidator(_as_factor), Field(gt=0)] = Field(
+        1 / 255, description="Factor of the bytes, before mean and std; 1/255 may be written so."
+    )
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(number > 0 for number in value):
+            raise ValueError("std has to be above zero")
+        return value
+
+    @model_validator(mode="after")
+    def _normalization_is_of_bytes(self) -> LayoutSection:
+        lengths = {len(numbers) for numbers in (self.mean, self.std)} - {1}
+        if len(lengths) > 1:
+            raise ValueError("mean and std have different numbers of channels: give one number, or one for each")
+        standard = (self.mean, self.std, self.scale) == ((0.0,), (1.0,), 1 / 255)
+        if not standard and not self._takes_bytes():
+            raise ValueError(
+                "mean, std and scale are for bytes: give --input-dtype uint8 (layout.input_dtype) or leave them out"
+            )
+        return self
+
+    def _takes_bytes(self) -> bool:
+        asked = self.input_dtype
+        return "uint8" in (asked.values() if isinstance(asked, dict) else (asked,))
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is asked for that the original model does not have."""
+        settings = (self.input, self.output, self.input_dtype)
+        found = {v for setting in settings for v in (setting.values() if isinstance(setting, dict) else (setting,))}
+        return bool(found - {"nchw", "float"})
+
+    def input_is_channels_last(self, name: str) -> bool:
+        """Whether an input of this name has its channels last."""
+        return (self.input.get(name) if isinstance(self.input, dict) else self.input) == "nhwc"
+
+    def output_is_channels_last(self, name: str) -> bool:
+        """Whether an output of this name has its channels last."""
+        return (self.output.get(name) if isinstance(self.output, dict) else self.output) == "nhwc"
+
+    def input_is_bytes(self, name: str) -> bool:
+        """Whether an input of this name is bytes."""
+        asked = self.input_dtype
+        return (asked.get(name) if isinstance(asked, dict) else asked) == "uint8"
+
+
 class ImageSection(Section):
     """How the images of a folder become the model's input."""
 
@@ -185,7 +264,7 @@ class ImageSection(Section):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     scale: float = Field(1 / 255, gt=0, description="Factor before mean and std.")
-    layout: Literal["nchw", "nhwc"] = "nchw"
+    layout: Layout = "nchw"
     color: Literal["rgb", "bgr", "gray"] = "rgb"
 
 
@@ -317,8 +396,9 @@ class BuildSection(Section):
     dla_core: int | None = Field(None, ge=0, description="The DLA core that takes what it can.")
     tf32: bool = Field(True, description="FP32 may multiply with TF32's ten bits of mantissa, as TensorRT does.")
     sparsity: bool = Field(False, description="2:4 sparsity where the weights have it.")
-    io_formats: dict[str, str] = Field(
-        default_factory=dict, description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32."
+    io_formats: dict[str, str] | Literal["auto"] = Field(
+        default_factory=dict,
+        description="By tensor: DTYPE:FORMAT, as fp16:hwc8 or int8:chw32; auto: the fastest, by measurement.",
     )
     legacy: bool | None = Field(
         None, description="For TensorRT 8.5 and 8.6: opset 17, FP16 by builder flags; empty: as the TensorRT here is."
@@ -398,6 +478,7 @@ class Recipe(Section):
     )
     export: ExportSection = ExportSection()
     simplify: SimplifySection = SimplifySection()
+    layout: LayoutSection = LayoutSection()
     calibrate: CalibrateSection = CalibrateSection()
     quantize: QuantizeSection = QuantizeSection()
     analyze: AnalyzeSection = AnalyzeSection()

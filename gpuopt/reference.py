@@ -171,24 +171,68 @@ def record(folder: Path, interface: Interface, run: Forward, feeds: Mapping[str,
         if corner.name == largest_batch(points, interface.profiles):
             batched = _independent_rows(run, feed, outputs)
     specs = tuple(TensorSpec(name, dtypes[name], _merge(shapes[name])) for name in interface.output_names)
+    return _write(
+        Reference(folder, origin, interface.inputs, specs, interface.profiles, tuple(points), tuple(sorted(batched)))
+    )
+
+
+@dataclass(frozen=True)
+class Restatement:
+    """The same inputs and outputs in another form: layout, dtype.
+
+    Attributes:
+        inputs, outputs: the tensors, with the names that they had.
+        profiles: the shape profiles.
+        input_value, output_value: an array in its new form, by name.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    input_value: Callable[[str, Array], Array]
+    output_value: Callable[[str, Array], Array]
+
+
+def restated(folder: Path, stored: Reference, form: Restatement) -> Reference:
+    """Store a reference in another form; nothing is computed.
+
+    Args:
+        folder: an existing empty folder.
+    """
+    points = corners(form.profiles)
+    for before, after in zip(stored.corners, points, strict=True):
+        feed, expected = stored.feed(before), stored.expected(before)
+        arrays = {f"input:{name}": form.input_value(name, value) for name, value in feed.items()}
+        arrays.update({f"output:{name}": form.output_value(name, value) for name, value in expected.items()})
+        save_arrays(folder / f"{after.name}.npz", arrays)
+    return _write(
+        Reference(
+            folder, stored.origin, form.inputs, form.outputs, form.profiles, tuple(points), stored.batched_outputs
+        )
+    )
+
+
+def _write(stored: Reference) -> Reference:
     write_json(
-        folder / "reference.json",
+        stored.folder / "reference.json",
         {
-            "origin": origin,
-            "inputs": [spec.to_json() for spec in interface.inputs],
-            "outputs": [spec.to_json() for spec in specs],
+            "origin": stored.origin,
+            "inputs": [spec.to_json() for spec in stored.inputs],
+            "outputs": [spec.to_json() for spec in stored.outputs],
             "profiles": [
                 {
                     name: {"min": format_shape(r.min), "opt": format_shape(r.opt), "max": format_shape(r.max)}
                     for name, r in profile.items()
                 }
-                for profile in interface.profiles
+                for profile in stored.profiles
             ],
-            "corners": [{"name": c.name, "shapes": {n: format_shape(s) for n, s in c.shapes.items()}} for c in points],
-            "batched_outputs": sorted(batched),
+            "corners": [
+                {"name": c.name, "shapes": {n: format_shape(s) for n, s in c.shapes.items()}} for c in stored.corners
+            ],
+            "batched_outputs": list(stored.batched_outputs),
         },
     )
-    return load(folder)
+    return load(stored.folder)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gpuopt import environment
 from gpuopt.cache import Cache, default_folder
 from gpuopt.errors import UsageError
-from gpuopt.recipe import FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
+from gpuopt.recipe import AUTO, FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
 from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
 from gpuopt.storage import list_files
 
@@ -37,6 +37,12 @@ class Flags:
     min_shapes: tuple[str, ...] = ()
     opt_shapes: tuple[str, ...] = ()
     max_shapes: tuple[str, ...] = ()
+    input_layout: tuple[str, ...] = ()
+    output_layout: tuple[str, ...] = ()
+    input_dtype: tuple[str, ...] = ()
+    mean: str | None = None
+    std: str | None = None
+    scale: str | None = None
     calibration_data: str | None = None
     calibration_method: str | None = None
     calibration_samples: int | None = None
@@ -92,6 +98,12 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         "build.target": list(flags.target) or None,
         "build.enabled": False if flags.no_build else None,
         "build.compute_capability": list(flags.compute_capability) or None,
+        "layout.input": _by_tensor("--input-layout", flags.input_layout),
+        "layout.output": _by_tensor("--output-layout", flags.output_layout),
+        "layout.input_dtype": _by_tensor("--input-dtype", flags.input_dtype),
+        "layout.mean": _numbers("--mean", flags.mean),
+        "layout.std": _numbers("--std", flags.std),
+        "layout.scale": flags.scale,
         "calibrate.data": flags.calibration_data,
         "calibrate.method": flags.calibration_method,
         "calibrate.samples": flags.calibration_samples,
@@ -282,13 +294,43 @@ def _latencies(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _io_formats(texts: Sequence[str]) -> dict[str, str]:
+def _by_tensor(flag: str, texts: Sequence[str]) -> str | dict[str, str] | None:
+    """`nhwc` for all tensors, or `NAME=nhwc` for each that is named.
+
+    Raises:
+        UsageError: both, or a tensor twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        if name in found:
+            of = f"'{name}'" if name else "all tensors"
+            raise UsageError(f"{flag} is given twice for {of}", "Give it once for each tensor.")
+        found[name] = value
+    if "" in found and len(found) > 1:
+        raise UsageError(f"{flag} is given for all tensors and for some", "Name each tensor, or none.")
+    return found.get("", found or None)
+
+
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} '{text}' is no list of numbers", f"Write {flag} 0.485,0.456,0.406.") from None
+
+
+def _io_formats(texts: Sequence[str]) -> dict[str, str] | str:
+    if list(texts) == [AUTO]:
+        return AUTO
     formats: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")
         if not equals or not name or not value:
             raise UsageError(
-                f"--io-format {text}: no format", "Write NAME=DTYPE:FORMAT, as in --io-format image=fp16:hwc8."
+                f"--io-format {text}: no format",
+                "Write NAME=DTYPE:FORMAT, as in --io-format image=fp16:hwc8, or auto alone.",
             )
         if name in formats:
             raise UsageError(f"'{name}' has two formats", "Give --io-format once for each input or output.")

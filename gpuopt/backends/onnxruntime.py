@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from gpuopt.errors import BuildError, QuantizationError, RequirementError, one_line
@@ -27,6 +29,7 @@ class Session:
         optimization: `all`; `basic` where every tensor must stay visible; `none` to run the graph as written.
         disabled: optimizers to leave out, by ONNX Runtime's names.
         lean: memory before speed: nodes run in the graph's order and every tensor is freed behind its last use.
+        optimized: where to write the graph that is run; None: nowhere.
 
     Raises:
         BuildError: ONNX Runtime refuses the model.
@@ -39,12 +42,19 @@ class Session:
         optimization: str = "all",
         disabled: Sequence[str] = (),
         lean: bool = False,
+        optimized: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
         if lean:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = 3
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+            # One protobuf file holds at most 2 GiB.
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
+            )
         options.graph_optimization_level = {
             "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
             "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -82,6 +92,40 @@ class Session:
                 "Check that the shapes and value ranges are ones that the model takes.",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+@dataclass(frozen=True)
+class LayoutKernels:
+    """Which of a graph's nodes ONNX Runtime runs in a layout of its own, as it says itself in the optimized graph.
+
+    Attributes:
+        nchwc: nodes on blocks of channels (`com.microsoft.nchwc`), the CPU's for FP32.
+        nhwc: nodes with the channels last: `com.ms.internal.nhwc` (CUDA's with `prefer_nhwc`), and the CPU's of
+            `com.microsoft` for INT8.
+        reorders: nodes that change from one of these layouts to another: what they cost.
+        nodes: all of them.
+    """
+
+    nchwc: int
+    nhwc: int
+    reorders: int
+    nodes: int
+
+
+def layout_kernels(optimized: Path) -> LayoutKernels:
+    """What an optimized graph runs in; `Session` writes one."""
+    nodes = onnx.load(str(optimized), load_external_data=False).graph.node
+    reorders = [node for node in nodes if node.op_type.startswith("Reorder") or node.op_type == "Transpose"]
+    last = [n for n in nodes if n.domain == "com.ms.internal.nhwc" or n.op_type.startswith("Nhwc") or _is_last(n)]
+    blocked = [n for n in nodes if n.domain == "com.microsoft.nchwc" and not n.op_type.startswith("Reorder")]
+    return LayoutKernels(len(blocked), len(last), len(reorders), len(nodes))
+
+
+def _is_last(node: onnx.NodeProto) -> bool:
+    """QLinearConv and the like have the layout as an attribute; so has the change back from NCHWc."""
+    return not node.op_type.startswith("Reorder") and any(
+        attribute.name == "channels_last" and attribute.i == 1 for attribute in node.attribute
+    )
 
 
 def execution_providers(choice: Literal["auto", "cpu", "cuda"]) -> tuple[str, ...]:

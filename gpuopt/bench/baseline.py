@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuopt.artifact import ONNX_FILE
 from gpuopt.bench.measuring import Settings, measure
 from gpuopt.bench.report import Row, row
 from gpuopt.errors import GpuoptError, described
@@ -76,10 +78,9 @@ def _inputs(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, An
     generator = np.random.default_rng(0)
     feed = {}
     for spec in reference.load(folder / "reference").inputs:
-        shape = shapes[spec.name]
-        floats = np.dtype(spec.dtype).kind == "f"
-        value = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
-        feed[spec.name] = value.astype(spec.dtype)
+        shape, dtype = shapes[spec.name], np.dtype(spec.dtype)
+        values = generator.integers(0, 256 if dtype == np.uint8 else 2, shape)
+        feed[spec.name] = (generator.standard_normal(shape) if dtype.kind == "f" else values).astype(dtype)
     return feed
 
 
@@ -91,18 +92,51 @@ def _onnxruntime(
     except ImportError as error:
         raise _RefusedError(f"onnxruntime is not installed: {error}") from error
     ort.set_default_logger_severity(4)
-    from gpuopt.backends.onnxruntime import optimizers_to_disable
+    from gpuopt.backends.onnxruntime import layout_kernels, optimizers_to_disable
 
-    feed, model = _inputs(folder, shapes), folder / "model.onnx"
+    feed, model = _inputs(folder, shapes), folder / ONNX_FILE
     if kind == "onnxruntime cpu":
-        session = ort.InferenceSession(
-            str(model), providers=["CPUExecutionProvider"], disabled_optimizers=list(optimizers_to_disable(model))
-        )
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        with tempfile.TemporaryDirectory(prefix="gpuopt-bench-") as scratch:
+            options.optimized_model_filepath = str(Path(scratch) / ONNX_FILE)
+            session = ort.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(optimizers_to_disable(model)),
+            )  # fmt: skip
+            layouts = layout_kernels(Path(scratch) / ONNX_FILE)
         found = measure(_Calls(lambda: session.run(None, feed)), settings)
-        return [row("", f"{kind} {ort.__version__}", batch, _WHOLE_CALL, found)]
+        includes = f"{_WHOLE_CALL}; {layouts.nchwc} nodes NCHWc, {layouts.nhwc} NHWC"
+        return [row("", f"{kind} {ort.__version__}", batch, includes, found)]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise _RefusedError(f"onnxruntime {ort.__version__} has no CUDA execution provider: install onnxruntime-gpu")
     ort.preload_dlls()
+    with tempfile.TemporaryDirectory(prefix="gpuopt-bench-") as scratch:
+        if " fp16 " in kind:
+            model = _cast(folder, Path(scratch))
+        return _onnxruntime_cuda(kind, model, feed, settings, batch)
+
+
+def _cast(folder: Path, scratch: Path) -> Path:
+    """The bundle's FP32 graph in FP16, inputs and outputs left as they are."""
+    import onnx
+    from onnxruntime.transformers import float16
+
+    from gpuopt import onnx_model
+    from gpuopt.recipe import load, resolve
+
+    precision = resolve(load(folder / "recipe.yaml")).precision
+    if precision != "fp32":
+        raise _RefusedError(f"model.onnx is of an {precision.upper()} bundle: FP16 is made of FP32 alone")
+    model = onnx_model.load(folder)
+    cast = float16.convert_float_to_float16(model, keep_io_types=True)
+    onnx.save(onnx_model.sort_topologically(cast), str(scratch / ONNX_FILE))
+    return scratch / ONNX_FILE
+
+
+def _onnxruntime_cuda(kind: str, model: Path, feed: Mapping[str, Any], settings: Settings, batch: int) -> list[Row]:
+    import onnxruntime as ort
+
     rows = []
     for graph in (False, True):
         options = {
@@ -131,6 +165,7 @@ def _onnxruntime(
 
 
 def _torch(kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]], settings: Settings, batch: int) -> list[Row]:
+    from gpuopt.deployed_form import form_of_input
     from gpuopt.model_file import ModelKind, detect
     from gpuopt.recipe import load, resolve
 
@@ -143,7 +178,7 @@ def _torch(kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]], setti
     if model_kind is ModelKind.ONNX:
         raise _RefusedError("the model was compiled from ONNX: there is no PyTorch model")
     gpu = torch.cuda.is_available()
-    if not gpu and kind != "torch eager":
+    if not gpu and not kind.removesuffix(", nchw") == "torch eager":
         raise _RefusedError("torch finds no NVIDIA GPU")
     from gpuopt import torch_model
 
@@ -156,19 +191,27 @@ def _torch(kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]], setti
         raise _RefusedError("an exported program is not moved to another device")
     module = module.to(device)
     tensors = {}
+    in_order = kind.endswith(", nchw")
     for name, value in _inputs(folder, shapes).items():
-        tensor = torch.from_numpy(value).to(device)
+        # PyTorch's model has the original form.
+        original = form_of_input(recipe.layout, name).original(value)
+        tensor = torch.from_numpy(original).to(device)
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
-            if tensor.ndim == 4:
+            if tensor.ndim == 4 and not in_order:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
         tensors[name] = tensor
     if dtype is torch.float16:
         module = module.half()
-    if any(tensor.ndim == 4 for tensor in tensors.values()):
+    has_images = any(tensor.ndim == 4 for tensor in tensors.values())
+    if in_order and not has_images:
+        raise _RefusedError("no input has four dimensions: there is one layout")
+    if has_images and not in_order:
         module = module.to(memory_format=torch.channels_last)
     loaded.module = module
-    what = f"{str(dtype).removeprefix('torch.')}{', channels_last' if 4 in {t.ndim for t in tensors.values()} else ''}"
+    layout = ", nchw" if in_order else ", channels_last" if has_images else ""
+    kind = kind.removesuffix(", nchw")
+    what = f"{str(dtype).removeprefix('torch.')}{layout}"
     run: Callable[[], Any] = lambda: loaded.forward(tensors)  # noqa: E731
     if kind == "torch.compile":
         loaded.module = torch.compile(module, mode="reduce-overhead")

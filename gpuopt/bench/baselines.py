@@ -19,9 +19,13 @@ KINDS = (
     "onnxruntime cpu",
     "onnxruntime cuda nchw",
     "onnxruntime cuda nhwc",
+    "onnxruntime cuda fp16 nchw",
+    "onnxruntime cuda fp16 nhwc",
     "torch eager",
+    "torch eager, nchw",
     "torch eager, CUDA stream",
     "torch.compile",
+    "torch.compile, nchw",
 )
 _TIMEOUT_SECONDS = 600
 

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from gpuopt.calibration.readers import ImageOptions, SampleReader, open_reader, random_reader
+from gpuopt.deployed_form import BYTES, RANKS, form_of_input
 from gpuopt.errors import DataError
 from gpuopt.interface import value_bounds
-from gpuopt.recipe import CalibrateSection, InputSection
+from gpuopt.recipe import Recipe
 from gpuopt.reference import load as load_reference
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
 
 
-def open_data(data: str, inputs: Sequence[TensorSpec], settings: CalibrateSection, limit: int | None) -> SampleReader:
-    """A reader of at most `limit` samples, spread over the data; `inputs` is empty while they are not known."""
-    image = ImageOptions(**settings.images.model_dump()) if settings.images else None
-    return open_reader(data, inputs, image, limit)
+def open_data(data: str, inputs: Sequence[TensorSpec], recipe: Recipe, limit: int | None) -> SampleReader:
+    """A reader of at most `limit` samples in the deployed form, spread over the data.
+
+    Args:
+        inputs: of the deployed model; empty while they are not known.
+    """
+    return open_reader(data, inputs, _image_options(recipe, inputs), limit)
+
+
+def _image_options(recipe: Recipe, inputs: Sequence[TensorSpec]) -> ImageOptions | None:
+    """The recipe's; layout and normalisation are the deployed model's where it has its own."""
+    layout, images = recipe.layout, recipe.calibrate.images
+    name = inputs[0].name if inputs else next(iter(recipe.inputs), "")
+    form = form_of_input(layout, name)
+    options = ImageOptions(**images.model_dump()) if images else None
+    if not form.changes or (options is None and not inputs):
+        return options
+    if options is None:
+        channels = inputs[0].shape[-1 if form.channels_last else 1]
+        options = ImageOptions(color="gray" if channels == 1 else "rgb")
+    given = "nhwc" if form.channels_last else options.layout
+    return replace(options, layout=given, as_bytes=form.normalization is not None)
 
 
 def data_files(data: str, limit: int | None) -> list[Path] | None:
@@ -31,14 +50,16 @@ def data_files(data: str, limit: int | None) -> list[Path] | None:
     return open_reader(data, [], ImageOptions(crop=1), limit).files()
 
 
-def stated_inputs(inputs: Mapping[str, InputSection]) -> list[TensorSpec]:
-    """What a recipe says of its inputs' shapes, for reading data before the model is loaded."""
+def stated_inputs(recipe: Recipe) -> list[TensorSpec]:
+    """What a recipe says of its inputs' shapes, in the deployed form, for reading data before the model is loaded."""
     specs = []
-    for name, section in inputs.items():
+    for name, section in recipe.inputs.items():
         shapes = section.range()
         if shapes:
             sizes = tuple(f"dim{axis}" if axis in shapes.dynamic_axes else size for axis, size in enumerate(shapes.opt))
-            specs.append(TensorSpec(name or "input", section.dtype or "float32", sizes))
+            spec = TensorSpec(name or "input", section.dtype or "float32", sizes)
+            form = form_of_input(recipe.layout, spec.name)
+            specs.append(form.spec(spec) if len(sizes) in RANKS else spec)
     return specs
 
 
@@ -52,8 +73,10 @@ def open_for_model(context: StageContext, inputs: Sequence[TensorSpec]) -> Sampl
     if settings.random:
         profile = load_reference(context.folder("reference")).profiles[0]
         concrete = [replace(spec, shape=profile[spec.name].opt) for spec in inputs]
-        known = value_bounds(context.recipe.inputs, inputs[0].name)
+        layout = context.recipe.layout
+        bytes_in = [spec.name for spec in inputs if layout.input_is_bytes(spec.name)]
+        known = {**dict.fromkeys(bytes_in, BYTES), **value_bounds(context.recipe.inputs, inputs[0].name)}
         return random_reader(concrete, settings.samples, context.recipe.export.seed, known)
     if context.data is None:
         raise DataError("INT8 needs calibration data", "Give --calibration-data.")
-    return open_data(context.data, inputs, settings, settings.samples)
+    return open_data(context.data, inputs, context.recipe, settings.samples)

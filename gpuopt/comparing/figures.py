@@ -88,7 +88,7 @@ def _tensor(entry: Mapping[str, Any]) -> str:
 
 def interface(report: Report) -> tuple[str, str] | None:
     """Names and dtypes of inputs and outputs in order, as text; None if the report does not tell."""
-    facts = report.facts("export")
+    facts = report.interface()
     try:
         return (
             ", ".join(_tensor(entry) for entry in facts["inputs"]),

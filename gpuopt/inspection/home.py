@@ -94,7 +94,8 @@ def of_bundle(folder: Path) -> Home:
     formats: dict[str, str] = {}
     if (folder / "recipe.yaml").is_file():
         try:
-            formats = dict(resolve(load(folder / "recipe.yaml")).build.io_formats)
+            asked = resolve(load(folder / "recipe.yaml")).build.io_formats
+            formats = dict(asked) if isinstance(asked, dict) else {}
         except GpuoptError as error:
             problems.append(error.message)
     return Home(folder, manifest, report, profiles, formats, tuple(problems))

@@ -68,7 +68,7 @@ def _tools(origin: Origin) -> list[dict[str, Any]]:
 
 def _bundle(origin: Origin, materials: Mapping[str, Material]) -> dict[str, Any]:
     report = origin.report
-    facts = report.facts("export")
+    facts = report.interface()
     parameters: dict[str, Any] = {}
     if data := [reference for reference, material in materials.items() if material.role.endswith(" data")]:
         parameters["datasets"] = [{"ref": reference} for reference in data]

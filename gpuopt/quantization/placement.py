@@ -47,6 +47,7 @@ MOST_IMAGE_CHANNELS = 4
 _UNKNOWN = onnx.TensorProto.UNDEFINED
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _AVERAGES = (*AVERAGING_OPERATORS, "ReduceMean")
+_PREPARING = ("Cast", "Transpose", "Sub", "Add", "Mul", "Div")
 _FUSED_ACTIVATIONS = ("Relu", "Clip", "LeakyRelu")
 _SENSITIVE = (
     "Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "GroupNormalization",
@@ -370,8 +371,17 @@ def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int) -> 
 
 def _reads_an_image(graph: _Graph, node: onnx.NodeProto, channels: int) -> bool:
     """Whether it is a network's first convolution over an image."""
-    fits = node.op_type == "Conv" and _groups(node) == 1 and channels <= MOST_IMAGE_CHANNELS
-    return fits and node.input[0] in graph.inputs
+    if node.op_type != "Conv" or _groups(node) != 1 or channels > MOST_IMAGE_CHANNELS:
+        return False
+    name = node.input[0]
+    while name not in graph.inputs:
+        # A Transpose and the normalisation of bytes may stand before it.
+        maker = graph.producers.get(name)
+        sources = [source for source in maker.input if source not in graph.constants] if maker is not None else []
+        if maker is None or maker.op_type not in _PREPARING or len(sources) != 1:
+            return False
+        name = sources[0]
+    return True
 
 
 def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ def render(report: Report) -> str:
         _warnings(report),
         _engines(report),
         _race(report),
+        _format_race(report),
         _benchmarks(report),
         _proofs(report),
         _interface(report),
@@ -185,8 +186,35 @@ def _race(report: Report) -> str:
     return "\n\n".join(["## Speed", table(head, rows), said])
 
 
+def _format_race(report: Report) -> str:
+    """The formats of inputs and outputs that were tried, and which is kept."""
+    race = report.format_race
+    if race is None:
+        return ""
+    rows = [
+        (
+            f"**{row['name']}**" if row["name"] == race["chosen"] else row["name"],
+            _number(row["milliseconds"], "{:.3f}"),
+            f"{row['lowest']:.3f} to {row['highest']:.3f}" if row["lowest"] is not None else "",
+            ", ".join(f"{code(name)} {text}" for name, text in (row["as_built"] or row["formats"]).items()),
+            escaped(row["reason"]),
+        )
+        for row in race["candidates"]
+    ]
+    shapes = ", ".join(f"{code(name)} {shape}" for name, shape in race["shapes"].items())
+    timed = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}. " if race["includes"] else ""
+    head = ("format", "ms, median", "rounds", "inputs and outputs", "note")
+    parts = [table(head, rows)] if rows else []
+    return "\n\n".join(["## Formats of inputs and outputs", *parts, f"{timed}{sentence(race['verdict'])}"])
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _interface(report: Report) -> str:
-    facts = report.facts("export")
+    facts = report.interface()
     if "inputs" not in facts:
         return ""
     rows = [
@@ -199,7 +227,8 @@ def _interface(report: Report) -> str:
         for entry in facts["outputs"]
     ]
     head = ("input", "dtype", "smallest", "tuned for", "largest")
-    return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(outputs)])
+    lines = [*outputs, *(f"- {escaped(line)}" for line in layout_lines(report))]
+    return "\n\n".join(["## Inputs and outputs", table(head, rows), "\n".join(lines)])
 
 
 def _precision(report: Report) -> str:
@@ -238,6 +267,39 @@ def _method(report: Report) -> str:
         return str(report.facts("calibrate")["method"])
     figures = ", ".join(f"{m} {'-' if db is None else f'{db:.1f}'}" for m, db in chosen["sqnr_db"].items())
     return f"{chosen['method']} (auto; SQNR in dB on {chosen['samples']} samples: {figures})"
+
+
+def layout_lines(report: Report) -> list[str]:
+    """What the deployed form cost the graph, a line each; empty where it is the original's."""
+    facts = report.facts("layout")
+    if not facts:
+        return []
+    moved = facts["transposes"]
+    lines = []
+    if moved["inserted"]:
+        own = f"{moved['own']} of the model's own, " if moved["own"] else ""
+        why = f" ({moved['reason']})" if moved["reason"] else ""
+        lines.append(
+            f"Transposes: {own}{moved['inserted']} inserted, {moved['cancelled']} cancelled, {moved['left']} left{why}"
+        )
+    for name, where in facts["normalization"].items():
+        places = [
+            f"scale / std {_place(where['factor'])}" if where["factor"] else "",
+            f"mean / scale {_place(where['center'])}" if where["center"] else "",
+        ]
+        told = ", ".join(place for place in places if place) or "nothing to do"
+        lines.append(f"Bytes of {name}: {told}" + (f": {where['reason']}" if where["reason"] else ""))
+    worst = facts["largest_difference"]
+    same = "bit for bit" if worst == 0 else f"up to {worst:.1e} of an output's largest value"
+    lines.append(f"The graph in this form computes what the original graph does, {same}")
+    return lines
+
+
+def _place(where: str) -> str:
+    """What `graph_layout.Normalized` says, in words."""
+    places = {"weights": "in the first Conv's weights", "bias": "in the first Conv's bias",
+              "Sub, bias": "128 in a Sub, the rest in the first Conv's bias"}  # fmt: skip
+    return places.get(where, f"in a {where}")
 
 
 def channel_changes(report: Report) -> list[str]:
@@ -322,8 +384,18 @@ def _accuracy(report: Report) -> str:
     title = f"## Accuracy in ONNX Runtime against {result['reference']}"
     limits = result["limits"]
     limit = f"Limits: cosine at least {limits['min_cosine']}, SQNR at least {limits['min_sqnr_db']:g} dB."
-    parts = [title, table(head, rows), batch, limit, failures]
+    kernels = "\n".join(f"- {escaped(line)}" for line in kernel_lines(result))
+    parts = [title, table(head, rows), batch, kernels, limit, failures]
     return "\n\n".join(part for part in parts if part)
+
+
+def kernel_lines(result: Mapping[str, Any]) -> list[str]:
+    """Which nodes ONNX Runtime runs in a layout of its own, a line for each graph; empty where it was not looked at."""
+    return [
+        f"{graph} is {found['nodes']} nodes in ONNX Runtime on this CPU: {found['nchwc']} work on blocks of channels "
+        f"(NCHWc), {found['nhwc']} have the channels last (NHWC), {found['reorders']} change the layout."
+        for graph, found in result.get("layout_kernels", {}).items()
+    ]
 
 
 def _invariance(graph: str, found: dict[str, Any]) -> str:

@@ -163,12 +163,17 @@ class Report(_Part):
     engines: list[EngineReport]
     verification: dict[str, Any] | None
     race: dict[str, Any] | None = None
+    format_race: dict[str, Any] | None = None
     benchmarks: list[BenchmarkReport] = []
     gates: list[GateReport] = []
     gate_mode: Literal["fail", "warn"] = "fail"
     warnings: list[str]
     environment: dict[str, Any]
     seconds: float
+
+    def interface(self) -> dict[str, Any]:
+        """`inputs` and `outputs` of the deployed model; empty where no stage said them."""
+        return self.facts("layout") or self.facts("export")
 
     def facts(self, stage: str) -> dict[str, Any]:
         """What a stage said; empty if it did not run."""

@@ -50,6 +50,16 @@ class BatchInvariance(TypedDict):
 
 
 @with_config(_CLOSED)
+class LayoutKernelFigures(TypedDict):
+    """Nodes that ONNX Runtime runs in layouts of its own: `backends/onnxruntime.py`."""
+
+    nchwc: int
+    nhwc: int
+    reorders: int
+    nodes: int
+
+
+@with_config(_CLOSED)
 class Verification(TypedDict):
     """The ONNX graphs in ONNX Runtime: `stages/verify.py`."""
 
@@ -60,6 +70,7 @@ class Verification(TypedDict):
     limits: LimitFigures
     outputs: list[OutputFigures]
     batch_invariance: dict[str, BatchInvariance]
+    layout_kernels: NotRequired[dict[str, LayoutKernelFigures]]
     warnings: list[str]
 
 
@@ -145,9 +156,36 @@ class RaceTable(TypedDict):
     chosen: str
 
 
+@with_config(_CLOSED)
+class FormatRow(TypedDict):
+    """One format of inputs and outputs in the race; times in milliseconds."""
+
+    name: str
+    state: str
+    reason: str
+    formats: dict[str, str]
+    as_built: dict[str, str]
+    milliseconds: float | None
+    lowest: float | None
+    highest: float | None
+
+
+@with_config(_CLOSED)
+class FormatTable(TypedDict):
+    """Formats of inputs and outputs timed in turn: `io_formats.py`."""
+
+    target: str
+    shapes: dict[str, str]
+    includes: str
+    candidates: list[FormatRow]
+    chosen: str
+    verdict: str
+
+
 _LEFT_OPEN: tuple[tuple[str, str, Any], ...] = (
     ("Report", "verification", Verification),
     ("Report", "race", RaceTable),
+    ("Report", "format_race", FormatTable),
     ("EngineReport", "proof", Proof),
 )
 """Model, field, and what stands there if anything does."""

@@ -28,7 +28,7 @@ from gpuopt.report.blocks import (
     some,
     table,
 )
-from gpuopt.report.markdown import channel_changes, format_bytes
+from gpuopt.report.markdown import channel_changes, format_bytes, kernel_lines, layout_lines, sentence
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
 from gpuopt.tolerance import Limits, problem
 
@@ -136,7 +136,7 @@ def _built(report: Report) -> Section | None:
         blocks.append(
             Text("Verified: its outputs were compared with the original model's here. Built: it was not run here.")
         )
-    facts = report.facts("export")
+    facts = report.interface()
     if "inputs" in facts:
         heads = ["name", "direction", "dtype", "smallest", "tuned for", "largest"]
         rows = [
@@ -149,6 +149,8 @@ def _built(report: Report) -> Section | None:
             for entry in facts["outputs"]
         ]
         blocks.append(table("Inputs and outputs", heads, rows))
+    if lines := layout_lines(report):
+        blocks.append(Bullets(tuple(lines)))
     return Section("built", "What was built", tuple(blocks))
 
 
@@ -269,6 +271,37 @@ def _race(report: Report) -> Section | None:
     said = Text(f"Timed in turn for {race['target']} at {shapes}: {race['includes']}.")
     drawn = _plots([lambda anchor: figures.candidates(race, anchor)], "candidates")
     return Section("candidates", "Candidates", (*drawn, table("Accuracy against latency", heads, rows), said))
+
+
+def _format_race(report: Report) -> Section | None:
+    race = report.format_race
+    if race is None:
+        return None
+    heads: Heads = [
+        "format",
+        "verdict",
+        *numeric("ms, median", "rounds, ms"),
+        Column("inputs and outputs", wide=True),
+        Column("note", wide=True),
+    ]
+    rows: list[Row] = []
+    for row in race["candidates"]:
+        ships = row["name"] == race["chosen"]
+        rows.append(
+            (
+                row["name"],
+                Cell("ships" if ships else row["state"], tone="good" if ships else ""),
+                number(row["milliseconds"], "{:.4f}"),
+                f"{row['lowest']:.4f} to {row['highest']:.4f}" if row["lowest"] is not None else "\N{EN DASH}",
+                ", ".join(f"{name} {text}" for name, text in (row["as_built"] or row["formats"]).items()),
+                row["reason"],
+            )
+        )
+    shapes = ", ".join(f"{name} {shape}" for name, shape in race["shapes"].items())
+    timed = f"Timed in turn for {race['target']} at {shapes}: {race['includes']}. " if race["includes"] else ""
+    said = Text(f"{timed}{sentence(race['verdict'])}")
+    blocks: list[Block] = [table("Formats", heads, rows)] if rows else []
+    return Section("formats", "Formats of inputs and outputs", (*blocks, said))
 
 
 def _proofs(report: Report) -> Section | None:
@@ -406,7 +439,10 @@ def _accuracy(report: Report) -> Section | None:
     blocks: list[Block] = [Bullets(tuple(result["failures"]), "bad")] if result["failures"] else []
     blocks.append(_outputs("Outputs at every corner of the shapes", result["outputs"], result["limits"]))
     blocks.append(Text(_limits(result["limits"])))
-    lines = tuple(_invariance(graph, found) for graph, found in result["batch_invariance"].items())
+    lines = (
+        *(_invariance(graph, found) for graph, found in result["batch_invariance"].items()),
+        *kernel_lines(result),
+    )
     if lines:
         blocks.append(Bullets(lines))
     return Section("accuracy", f"Accuracy in ONNX Runtime against {result['reference']}", tuple(blocks))
@@ -648,6 +684,7 @@ SECTIONS: tuple[Callable[[Report], Section | None], ...] = (
     _built,
     _speed,
     _race,
+    _format_race,
     _proofs,
     _accuracy,
     _fallback,

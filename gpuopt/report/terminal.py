@@ -30,12 +30,14 @@ def render(report: Report, folder: str) -> str:
         timed = [row for row in report.race["candidates"] if row["milliseconds"] is not None]
         times = ", ".join(f"{row['name']} {row['milliseconds']:.3f} ms" for row in timed)
         lines.append(f"speed        {report.race['chosen']} ships: {times}")
+    if report.format_race is not None:
+        lines.append(f"I/O formats  {report.format_race['verdict']}")
     for one in report.benchmarks:
         lines.append(
             f"latency      {one.file}: p50 {one.latency_p50_ms.value:.3f} ms, p99 {one.latency_p99_ms.value:.3f} ms, "
             f"{one.throughput_samples_per_second.value:.0f} samples/s at batch {one.batch}"
         )
-    for entry in report.facts("export").get("inputs", []):
+    for entry in report.interface().get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
             lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")

@@ -138,7 +138,8 @@ def build_options(context: StageContext, onnx_path: Path, gpu: Gpu | None) -> Bu
         plugins=tuple(Path(name) for name in settings.plugins),
         dla_core=settings.dla_core,
         sparsity=settings.sparsity,
-        io_formats=tuple(settings.io_formats.items()),
+        # Where formats are measured, each candidate's recipe names its own; alone, auto is linear.
+        io_formats=tuple(settings.io_formats.items()) if isinstance(settings.io_formats, dict) else (),
         repairs=settings.repairs,
     )
 

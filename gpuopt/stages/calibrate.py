@@ -7,18 +7,20 @@ from pathlib import Path
 
 import onnx
 
-from gpuopt import onnx_model
+from gpuopt import graph_layout, onnx_model
 from gpuopt.artifact import StageOutcome
 from gpuopt.backends.onnxruntime import execution_providers
 from gpuopt.calibration import data_checks, first_layers, ranges, reuse
-from gpuopt.calibration.collectors import RangeCollector
+from gpuopt.calibration.collectors import RangeCollector, TensorRange
 from gpuopt.calibration.data_checks import DataChecks, Finding
 from gpuopt.calibration.memory import MIB
 from gpuopt.calibration.readers.images import ImageFolder
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.calibration.run import Calibration, Estimate, RunOptions, Seen, calibrate
+from gpuopt.deployed_form import form_of_input
 from gpuopt.errors import DataError, RequirementError
 from gpuopt.quantization import equalization, existing, placement
+from gpuopt.reference import Array, Feed
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file
 
@@ -81,15 +83,18 @@ def _measure(context: StageContext, model: onnx.ModelProto, tensors: Sequence[st
         "equalized": equalization.mark_of(model),
     }
     folder = context.made("ranges")
+    # Whatever bytes the data have: these are INT8 already, and with the scale 1 nothing is lost.
+    exact = {name: TensorRange(-127.0, 127.0, "bytes") for name in graph_layout.exact_int8_tensors(model)}
+    exact = {name: known for name, known in exact.items() if name in found.ranges}
     if undecided:
         for candidate in ranges.METHODS_TO_CHOOSE_FROM:
             found_by = collector.ranges(candidate)
-            ordered = {name: found_by[name] for name in found.ranges}
+            ordered = {name: exact.get(name, found_by[name]) for name in found.ranges}
             ranges.save(folder / ranges.candidate_file(candidate), ordered, {**about, "method": candidate})
     else:
-        ranges.save(folder / ranges.RANGES_FILE, found.ranges, about)
+        ranges.save(folder / ranges.RANGES_FILE, {**found.ranges, **exact}, about)
     warnings = []
-    if isinstance(reader, ImageFolder) and settings.images is None:
+    if isinstance(reader, ImageFolder) and settings.images is None and not reader.gives_bytes:
         warnings.append("images are prepared as for ImageNet; the recipe's calibrate.images chooses otherwise")
     if providers[0] != found.provider:
         warnings.append(f"{providers[0]} did not start: calibrated on {found.provider}")
@@ -114,6 +119,7 @@ class _Listener:
     def __init__(self, context: StageContext, planned: int, checks: DataChecks) -> None:
         self._progress = context.progress
         self._settings = context.recipe.calibrate
+        self._layout = context.recipe.layout
         self._planned = planned
         self._checks = checks
         self._checked = 0
@@ -123,12 +129,16 @@ class _Listener:
         # A pass that is begun again, or a further one, brings the same samples.
         if sample.number > self._checked:
             self._checked = sample.number
-            self._checks.sample(sample.number - 1, sample.feed)
+            # What is checked is what the original model would see.
+            self._checks.sample(sample.number - 1, self._original(sample.feed))
             self._checks.activations(sample.magnitudes)
             if self._settings.strict and not self._settings.random and sample.number == data_checks.EARLY_SAMPLES:
                 data_checks.refuse(self._checks.early())
         done = (sample.this_pass - 1) * self._planned + sample.number
         self._progress.advance(done, sample.passes * self._planned)
+
+    def _original(self, feed: Feed) -> dict[str, Array]:
+        return {name: form_of_input(self._layout, name).original(value) for name, value in feed.items()}
 
     def estimated(self, estimate: Estimate) -> None:
         self._estimate = estimate

@@ -16,13 +16,14 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import first_layers
 from gpuopt.comparison import SAME, compare, first_difference
+from gpuopt.deployed_form import input_forms, samples_as_original
 from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
 from gpuopt.quantization import existing
 from gpuopt.recipe import Recipe
 from gpuopt.reference import Interface, Reference
-from gpuopt.shapes import ShapeRange, TensorSpec, format_shape
+from gpuopt.shapes import ShapeRange, TensorSpec
 from gpuopt.stages import samples
 from gpuopt.stages.context import StageContext
 from gpuopt.tolerance import problem
@@ -54,7 +55,7 @@ def run(context: StageContext) -> StageOutcome:
         ExportError: no exporter gave a graph that computes what PyTorch does.
     """
     recipe = context.recipe
-    feeds = samples.load(context.folder("samples"))
+    feeds: Sequence[reference.Feed] = samples.load(context.folder("samples"))
     kind = detect(Path(recipe.model.path)) if recipe.model.path else ModelKind.FACTORY
     if kind is ModelKind.ONNX:
         return _adopt_onnx(context, feeds)
@@ -72,7 +73,9 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
     loaded = torch_model.load(recipe.model, kind)
     warnings = list(loaded.notes)
     feeds = interface.with_model_names(feeds, loaded.stated)
+    feeds = samples_as_original(recipe.layout, feeds, [entry.spec for entry in loaded.stated])
     resolved = interface.resolve(recipe, loaded.parameters, loaded.stated, feeds)
+    input_forms(recipe.layout, resolved.inputs)
     warnings.extend(resolved.warnings)
     corner_feeds = interface.corner_feeds(recipe, resolved, feeds)
     first = next(iter(corner_feeds.values()))
@@ -123,7 +126,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
         "attempts": [{"exporter": a.exporter, "reason": a.reason} for a in attempts],
         "opset": opset,
         "ir_version": onnx_model.IR_VERSION,
-        **_interface_facts(stored),
+        **interface.facts_of(stored),
     }
     dependencies = {*user_code.user_files(known), *loaded.files_read}
     return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
@@ -144,24 +147,6 @@ def _entangled(stored: Reference) -> list[str]:
         return []
     names = [s.name for s in stored.outputs if s.shape[:1] == ("batch",) and s.name not in stored.batched_outputs]
     return [f"in {stored.origin}, '{name}' of a sample depends on the other samples of its batch" for name in names]
-
-
-def _interface_facts(stored: Reference) -> dict[str, Any]:
-    """Names, dtypes and shapes, for the report."""
-    return {
-        "inputs": [
-            {
-                "name": spec.name,
-                "dtype": spec.dtype,
-                "profiles": [
-                    {part: format_shape(getattr(profile[spec.name], part)) for part in ("min", "opt", "max")}
-                    for profile in stored.profiles
-                ],
-            }
-            for spec in stored.inputs
-        ],
-        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": format_shape(s.shape)} for s in stored.outputs],
-    }
 
 
 def _check_repeatable(loaded: Any, names: Sequence[str], feed: reference.Feed) -> None:
@@ -268,7 +253,9 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
     model = onnx_model.with_types(onnx_model.load_untrusted(source))
     stated = [_stated_by_graph(spec) for spec in onnx_model.input_specs(model)]
     feeds = interface.with_model_names(feeds, stated)
+    feeds = samples_as_original(recipe.layout, feeds, [entry.spec for entry in stated])
     resolved = interface.resolve(recipe, [s.spec.name for s in stated], stated, feeds)
+    input_forms(recipe.layout, resolved.inputs)
     warnings = list(resolved.warnings)
     before = onnx_model.opset(model)
     if before != recipe.export.opset and not DYNAMO_MIN_OPSET - 1 <= before <= recipe.export.opset:
@@ -307,7 +294,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         "attempts": [],
         "opset": onnx_model.opset(model),
         "ir_version": onnx_model.IR_VERSION,
-        **_interface_facts(stored),
+        **interface.facts_of(stored),
     }
     return StageOutcome(facts, tuple(warnings), ())
 

@@ -24,16 +24,15 @@ def run(context: StageContext) -> StageOutcome:
     folder = context.made("samples")
     if context.data is None:
         return StageOutcome({"samples": 0})
-    settings = context.recipe.calibrate
     try:
-        reader = open_data(context.data, [], settings, COUNT)
+        reader = open_data(context.data, [], context.recipe, COUNT)
     except UsageError:
         # Only images need to know the model's size. Where the recipe does not say it either, the
         # calibration stage knows it from the exported graph, and this run goes without samples.
-        stated = stated_inputs(context.recipe.inputs)
+        stated = stated_inputs(context.recipe)
         if len(stated) != 1:
             return StageOutcome({"samples": 0})
-        reader = open_data(context.data, stated, settings, COUNT)
+        reader = open_data(context.data, stated, context.recipe, COUNT)
     feeds = list(itertools.islice(iter(reader), COUNT))
     arrays = {f"{index}:{name}": value for index, feed in enumerate(feeds) for name, value in feed.items()}
     reference.save_arrays(folder / SAMPLES_FILE, arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -63,13 +64,14 @@ def check(
     Returns:
         `passed`, `failures` and `warnings` (one line each), `limits`, and for every graph, corner and
         output: `cosine` and `sqnr_db` (signal over error power, dB) for floating-point outputs, `agreement` (share of
-        equal values) for others, `max_abs_error`; then `batch_invariance`.
+        equal values) for others, `max_abs_error`; then `batch_invariance`, and `layout_kernels`: of `model.onnx`, how
+        many nodes ONNX Runtime runs in a layout of its own on this CPU.
 
     Raises:
         BuildError, QuantizationError: ONNX Runtime refuses the model or fails on a corner's inputs.
     """
     # Engines are proved with the limits of this module, without ONNX Runtime.
-    from gpuopt.backends.onnxruntime import Session, optimizers_to_disable
+    from gpuopt.backends.onnxruntime import Session, layout_kernels, optimizers_to_disable
 
     limits = limits_of(settings, precision)
     tolerance = BATCH_TOLERANCE[precision]
@@ -77,10 +79,17 @@ def check(
     failures: list[str] = []
     warnings: list[str] = []
     invariance: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, dict[str, int]] = {}
     for graph, path in graphs.items():
         disabled = optimizers_to_disable(path) if graph == ONNX_FILE else ()
         warnings.extend(f"{graph} makes ONNX Runtime crash in {name}: {_HOW_TO_OPEN}" for name in disabled)
-        session = Session(path, disabled=disabled, optimization="all" if graph == ONNX_FILE else "none")
+        if graph == ONNX_FILE:
+            with tempfile.TemporaryDirectory(prefix="gpuopt-verify-") as scratch:
+                optimized = Path(scratch) / ONNX_FILE
+                session = Session(path, disabled=disabled, optimized=optimized)
+                kernels[graph] = asdict(layout_kernels(optimized))
+        else:
+            session = Session(path, optimization="none")
         for figures in against_reference(session, stored):
             rows.append({"graph": graph, **figures})
             if found := problem(figures, limits):
@@ -96,5 +105,6 @@ def check(
         "limits": {**asdict(limits), "batch_tolerance": tolerance},
         "outputs": rows,
         "batch_invariance": invariance,
+        "layout_kernels": kernels,
         "warnings": warnings,
     }

@@ -34,6 +34,9 @@ _BUDGET = "measure fallback confirm"
 _PLACEMENT = "equalize choose measure analyze fallback quantize"
 _EVERYWHERE = "equalize calibrate choose measure analyze fallback correct confirm"
 
+_DATA = f"samples export {_EVERYWHERE}"
+"""The stages that read data, and the model that computes with them."""
+
 # key: (another value, the stages that depend on it); with a dict instead of a value other keys have to change, too.
 KEYS: dict[str, tuple[Any, str]] = {
     "version": (1, ""),
@@ -47,6 +50,13 @@ KEYS: dict[str, tuple[Any, str]] = {
     "export.exporters": (["dynamo"], "export"),
     "export.seed": (1, f"export {_EVERYWHERE}"),
     "simplify.enabled": (False, "simplify"),
+    "layout.input": ("nhwc", _DATA),
+    "layout.output": ("nhwc", _DATA),
+    "layout.input_dtype": ("uint8", _DATA),
+    **{
+        f"layout.{name}": ({"layout.input_dtype": "uint8", f"layout.{name}": value}, _DATA)
+        for name, value in (("mean", [0.5]), ("std", [0.5]), ("scale", 1.0))
+    },
     "calibrate.data": ("other.npz", f"samples {_EVERYWHERE}"),
     "calibrate.ranges": ("ranges.json", "equalize calibrate"),
     "calibrate.method": ("minmax", "equalize calibrate"),

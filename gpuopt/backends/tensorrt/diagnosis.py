@@ -107,7 +107,8 @@ CAUSES = (
         "I/O format",
         r"unsupported by tensor's allowed TensorFormats|allowed[ _]?[Ff]ormats",
         "an input or output cannot have the asked-for format in its dtype",
-        "hwc8 and hwc16 are for fp16, chw32 is for int8 and fp16; chw is always possible: --io-format NAME=fp16:chw.",
+        "hwc8 and hwc16 are for fp16, hwc for fp32 and uint8, chw4 for int8 and fp16, chw32 for all but uint8;\n"
+        "chw is always possible: --io-format NAME=fp16:chw.",
     ),
     Cause(
         OUT_OF_MEMORY,

@@ -16,7 +16,8 @@ from gpuopt.environment import install_hint
 from gpuopt.errors import BuildError, RequirementError, UsageError
 from gpuopt.shapes import Profile, format_shape
 
-DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
+DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL",
+          "uint8": "UINT8"}  # fmt: skip
 """Names of dtypes as trtexec writes them, and TensorRT's."""
 FORMATS = {
     "chw": "LINEAR",

@@ -485,7 +485,7 @@ def _pageable(shape: Shape, dtype: str) -> Array:
 
 
 def feeds_of_shape(loaded: LoadedEngine, shapes: Mapping[str, Shape], seed: int = 0) -> dict[str, Array]:
-    """Random inputs: floats standard normal, whole numbers 0 or 1."""
+    """Random inputs: floats standard normal, bytes any, other whole numbers 0 or 1."""
     generator = np.random.default_rng(seed)
     feeds = {}
     for spec in loaded.inputs:
@@ -493,7 +493,7 @@ def feeds_of_shape(loaded: LoadedEngine, shapes: Mapping[str, Shape], seed: int 
         if np.dtype(spec.dtype).kind == "f":
             feeds[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
         else:
-            feeds[spec.name] = generator.integers(0, 2, shape).astype(spec.dtype)
+            feeds[spec.name] = generator.integers(0, 256 if spec.dtype == "uint8" else 2, shape).astype(spec.dtype)
     return feeds
 
 

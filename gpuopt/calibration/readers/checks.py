@@ -127,6 +127,8 @@ def _cast(name: str, array: Array, spec: TensorSpec | None, where: str) -> Array
                 f"Scale and normalise the values as in training, such as array.astype('{wanted}') / 255,\n"
                 "and save the result: raw bytes would give ranges far too large."
             )
+        elif wanted == np.uint8 and _kind(given) == "float":
+            hint = "The compiled model takes bytes: save the images before they are scaled and normalised."
         raise DataError(f"input '{name}' of {where} has dtype {given}, expected {wanted}", hint)
     if _kind(wanted) == "integer" and not np.can_cast(given, wanted):
         limits = np.iinfo(wanted)

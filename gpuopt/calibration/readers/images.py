@@ -36,6 +36,7 @@ class ImageOptions:
         scale: factor of the 8-bit pixels.
         layout: `nchw` or `nhwc`.
         color: `rgb`, `bgr` or `gray`.
+        as_bytes: pixels stay 8-bit; `mean`, `std` and `scale` play no part.
 
     Raises:
         UsageError: a value is out of range or unknown.
@@ -48,6 +49,7 @@ class ImageOptions:
     scale: float = 1 / 255
     layout: str = "nchw"
     color: str = "rgb"
+    as_bytes: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -117,18 +119,26 @@ class ImageFolder(FolderReader):
             )
         self.description += f"; {self._preparation()}"
 
+    @property
+    def gives_bytes(self) -> bool:
+        """Whether pixels stay 8-bit."""
+        return self._options.as_bytes
+
     def _preparation(self) -> str:
         """What is done to an image, in words for the report."""
-        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in self._options.statistics())
         steps = [
             f"shorter side {self._resize}" if self._resize else "",
             f"crop {format_shape(self._crop)}" if self._crop else "",
         ]
-        steps += [f"scale {self._options.scale:.6g}", f"mean ({mean})", f"std ({std})"]
+        if self._options.as_bytes:
+            steps.append("bytes")
+        else:
+            mean, std = (", ".join(f"{value:.3g}" for value in values) for values in self._options.statistics())
+            steps += [f"scale {self._options.scale:.6g}", f"mean ({mean})", f"std ({std})"]
         return ", ".join(step for step in steps if step)
 
     def _load(self, row: tuple[Path, ...]) -> Mapping[str, Array]:
-        """One image as float32, 1 x C x H x W or 1 x H x W x C."""
+        """One image as float32 or uint8, 1 x C x H x W or 1 x H x W x C."""
         (path,) = row
         options = self._options
         try:
@@ -157,13 +167,14 @@ class ImageFolder(FolderReader):
                 )
             left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)
             picture = picture.crop((left, top, left + crop_width, top + crop_height))
-        pixels = np.asarray(picture, np.float32)
+        pixels: Array = np.asarray(picture, np.uint8 if options.as_bytes else np.float32)
         if options.color == "gray":
             pixels = pixels[..., np.newaxis]
         elif options.color == "bgr":
             pixels = pixels[..., ::-1]
-        mean, std = options.statistics()
-        pixels = (pixels * np.float32(options.scale) - mean) / std
+        if not options.as_bytes:
+            mean, std = options.statistics()
+            pixels = (pixels * np.float32(options.scale) - mean) / std
         return {self._name: (pixels.transpose(2, 0, 1) if options.layout == "nchw" else pixels)[np.newaxis]}
 
 

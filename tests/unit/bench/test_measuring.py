@@ -63,6 +63,24 @@ def test_a_race_is_won_by_the_faster() -> None:
     assert {len(rounds) for rounds in found.rounds.values()} == {9}
 
 
+def test_what_the_subject_before_leaves_running_is_not_in_a_time() -> None:
+    at_work: list[object] = []
+
+    class Disturbed:
+        """Twice as slow while threads of another subject still spin: the first call after it."""
+
+        def run(self) -> None:
+            at_work.append(self)
+
+        def run_many(self, count: int) -> float:
+            slow = at_work[-1:] != [self]
+            at_work.append(self)
+            return (count + slow) / count
+
+    found = race({"one": Disturbed(), "other": Disturbed()}, 0.1, 5)
+    assert found.rounds == {"one": (1.0,) * 5, "other": (1.0,) * 5}
+
+
 def test_warm_up_outlasts_clocks_that_rise_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

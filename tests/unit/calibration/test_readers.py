@@ -503,6 +503,26 @@ def test_image_layout_and_colour(tmp_path, layout, color, first):
     assert feed["images"][0, 0, 0, 0] == first
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_images_as_bytes_are_the_file_s_pixels(tmp_path, layout):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    shape = (1, 8, 8, 3) if layout == "nhwc" else (1, 3, 8, 8)
+    options = ImageOptions(resize=8, crop=8, layout=layout, as_bytes=True)
+    reader = open_reader(str(tmp_path), [TensorSpec("x", "uint8", shape)], options)
+    (feed,) = reader
+    assert feed["x"].dtype == np.uint8
+    assert np.array_equal(feed["x"][0] if layout == "nhwc" else feed["x"][0].transpose(1, 2, 0), pixels)
+    assert reader.description.endswith("shorter side 8, crop 8x8, bytes")
+
+
+def test_floats_for_an_input_of_bytes_are_told_what_to_save(tmp_path):
+    np.savez(tmp_path / "c.npz", x=np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(DataError) as caught:
+        list(open_reader(str(tmp_path / "c.npz"), [TensorSpec("x", "uint8", (1, 8, 8, 3))]))
+    assert caught.value.hint == "The compiled model takes bytes: save the images before they are scaled and normalised."
+
+
 def test_image_defaults_follow_the_input(tmp_path):
     save_image(tmp_path / "a.png", 30, 20, (255, 255, 255))
     (gray,) = open_reader(str(tmp_path), [TensorSpec("i", "float32", (1, 1, 8, 12))])
