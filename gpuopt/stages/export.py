@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from gpuopt.tolerance import problem
 TORCHSCRIPT_MAX_OPSET = 20
 _GENERATED = "The inputs were generated: give --calibration-data, or recipe keys inputs.NAME.low and high."
 DYNAMO_MIN_OPSET = 18
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Attempt:
     Attributes:
         reason: why it lost; empty for the one that won.
         frozen: where it took for constant what depends on data.
+        branch: the line that branches on data, where it lost for that.
     """
 
     exporter: str
     reason: str
     frozen: tuple[str, ...] = ()
+    branch: str = ""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -113,6 +117,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             )
             + ("" if feeds else f"\n{_GENERATED}"),
         )
+    _check_branches(attempts)
     warnings.extend(
         f"the {attempts[-1].exporter} exporter made a constant of what depends on data: {line}"
         for line in attempts[-1].frozen
@@ -171,6 +176,30 @@ def _order(recipe: Recipe, loaded: Any) -> list[str]:
     return order
 
 
+def _check_branches(attempts: Sequence[Attempt]) -> None:
+    """Refuse a graph that has one path of a branch on data: for other data it would be silently wrong.
+
+    Raises:
+        ExportError: one exporter found such a branch, and the one that won took its condition for a constant.
+    """
+    place = next((attempt.branch for attempt in attempts if attempt.branch), "")
+    if place and attempts[-1].frozen:
+        raise ExportError(
+            f"a data-dependent branch or loop: the model decides by the values of a tensor ({place}), "
+            "and its graph would have the one path that the example took",
+            "Write it with torch.where, or with torch.cond, which becomes an If node.\n"
+            "To ship that one path: --set export.exporters=torchscript.",
+        )
+
+
+def _branch(error: BaseException) -> str:
+    """Where a model branches on data, if that is why torch.export refuses it."""
+    if type(error).__name__ != "GuardOnDataDependentSymNode":
+        return ""
+    frames = _FRAME.findall(str(error).rpartition("The following call raised this error")[2])
+    return f"{Path(frames[-1][0]).name}, line {frames[-1][1]}" if frames else "torch.export does not say where"
+
+
 def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, folder: Path) -> Attempt:
     """Export and compare with PyTorch at every corner."""
     from gpuopt import torch_model
@@ -188,7 +217,7 @@ def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, fold
         return Attempt(exporter, error.message)
     except Exception as error:  # exporters raise errors of their own without a common base
         cause = error.__cause__ or error
-        return Attempt(exporter, described(cause))
+        return Attempt(exporter, described(cause), branch=_branch(cause))
 
 
 def _adopt_export(path: Path, stored: Reference) -> str:

@@ -21,6 +21,7 @@ from gpuopt.stages.context import StageContext
 from gpuopt.storage import write_json
 
 PLACEMENT_FILE = "placement.json"
+_MADE_BY = {"If": " (torch.cond)", "Loop": " (torch.while_loop)", "Scan": " (torch.scan)"}
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -44,8 +45,7 @@ def run(context: StageContext) -> StageOutcome:
     if not any(decision.quantized for decision in candidates):
         reasons = Counter(d.reason for d in candidates).most_common(2)
         raise QuantizationError(
-            "no node can be quantized: "
-            + ("; ".join(r for r, _ in reasons) or "the graph has no Conv, MatMul or Gemm"),
+            "no node can be quantized: " + ("; ".join(r for r, _ in reasons) or _no_candidate(model)),
             "Use 'gpuopt compile --precision fp16', or relax the quantize section of the recipe.",
         )
     try:
@@ -69,6 +69,21 @@ def run(context: StageContext) -> StageOutcome:
         "scales_rounded_to_fp16": graphs.scales_rounded,
     }
     return StageOutcome(facts, tuple(_without_effect(model, recipe.quantize)))
+
+
+def _no_candidate(model: onnx.ModelProto) -> str:
+    inside = [
+        f"{node.op_type} '{node.name}'{_MADE_BY.get(node.op_type, '')}"
+        for node in model.graph.node
+        if any(
+            inner.op_type in placement.CANDIDATE_OPERATORS
+            for graph in onnx_model.subgraphs(node)
+            for inner in graph.node
+        )
+    ]
+    if inside:
+        return f"all Conv, MatMul and Gemm lie inside {', '.join(inside[:3])}, where nothing is quantized"
+    return "the graph has no Conv, MatMul or Gemm"
 
 
 def _without_effect(model: onnx.ModelProto, settings: QuantizeSection) -> Iterator[str]:

@@ -58,6 +58,14 @@ CAUSES = (
         "Export with another one: --opset 17 for TensorRT 8.5, up to 20 for TensorRT 10 and newer.",
     ),
     Cause(
+        "data-dependent shape",
+        r"importNonZero|NonZero plugin creator|importUnique\b|data[- ]dependent shape",
+        "the size of its output depends on the data (NonZero: nonzero(), a mask as an index; Unique), a data-dependent "
+        "shape that it does not take",
+        "Keep the size fixed: torch.where or a product with the mask instead of a selection, topk with a constant k. "
+        "Or select outside of the engine.",
+    ),
+    Cause(
         "plugin not found",
         r"Plugin not found|could not find plugin|[Nn]o matching plugin|Attempting to import as plugin",
         "the operator is no ONNX operator that it knows, and no plugin of that name is loaded",
