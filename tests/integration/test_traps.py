@@ -50,6 +50,15 @@ class Scalar(nn.Module):
         return self.layer(values).sum()
 
 
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.cond(values.sum() > 0, lambda x: self.one(x), lambda x: self.other(x), (values,))
+
+
 class Text(nn.Module):
     def forward(self, values: Tensor) -> dict[str, object]:
         return {"values": values, "unit": "metres"}
@@ -61,6 +70,10 @@ def keyword_only() -> nn.Module:
 
 def branch() -> nn.Module:
     return Branch()
+
+
+def conditional() -> nn.Module:
+    return Conditional()
 
 
 def pair() -> nn.Module:
@@ -199,12 +212,28 @@ def test_inputs_are_bound_by_name_never_by_the_order_of_flags(gpuopt: Gpuopt, tm
     assert "Did you mean 'ids'?" in wrong.stderr
 
 
-def test_a_branch_that_tracing_fixed_is_told(gpuopt: Gpuopt, tmp_path: Path) -> None:
-    result = compiled(gpuopt, f"{HERE}:branch", "-p", "fp32", "-i", "values:2x8", "-o", tmp_path / "b")
+def test_a_branch_on_data_is_refused_with_its_line_unless_one_path_is_asked_for(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    arguments = (f"{HERE}:branch", "-p", "fp32", "-i", "values:2x8", "-o", tmp_path / "b")
+    refused = compiled(gpuopt, *arguments)
+    assert refused.code == 5
+    assert "data-dependent branch" in refused.stderr
+    assert "test_traps.py, line " in refused.stderr
+    assert "torch.cond" in refused.stderr
+    result = compiled(gpuopt, *arguments, "--set", "export.exporters=torchscript")
     assert result.code == 0, result.stderr
     report = result.report()
     assert any("made a constant of what depends on data" in warning for warning in report["warnings"])
-    assert report["stages"][1]["facts"]["attempts"][0]["reason"]
+
+
+def test_torch_cond_is_taken_and_int8_says_that_nothing_is_left_to_quantize(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    arguments = (f"{HERE}:conditional", "-i", "values:2x16", "-o", tmp_path / "b")
+    result = compiled(gpuopt, *arguments, "-p", "fp32")
+    assert result.code == 0, result.stderr
+    assert "If" in {node.op_type for node in onnx.load(str(tmp_path / "b/model.onnx")).graph.node}
+    refused = compiled(gpuopt, *arguments, "-p", "int8", "--random-calibration")
+    assert refused.code == 6
+    assert "inside If" in refused.stderr
+    assert "torch.cond" in refused.stderr
 
 
 def test_a_wrong_scale_is_no_pass(tmp_path: Path) -> None:
