@@ -435,7 +435,7 @@ def main() -> None:
     if not options.table:
         measure(interleaved(keys), bench, options.at_once)
     if options.peers:
-        measure_peers(sample(keys, options.sample), bench)
+        measure_peers(interleaved(sample(keys, options.sample)), bench)
     memory = psutil.virtual_memory().total / 2**30
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
     about = {
