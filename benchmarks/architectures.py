@@ -493,7 +493,7 @@ TRANSFORMERS = (
     _text("ConvBertModel", embedding_size=64),
     _text("DebertaModel", relative_attention=True, pos_att_type=["c2p", "p2c"]),
     _text("DebertaV2Model", relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    _text("NystromformerModel", segment_means_seq_len=16, num_landmarks=4),
+    _text("NystromformerModel", ids_only=True, segment_means_seq_len=16, num_landmarks=4),
     _text("FNetModel", ids_only=True),
     _text("ModernBertModel", pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2),
     _text("T5EncoderModel", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,16 @@ def _check_branches(attempts: Sequence[Attempt]) -> None:
         )
 
 
+def _place(error: BaseException) -> str:
+    """The innermost line of a traceback that is the model's: neither torch's nor gpuopt's."""
+    import torch
+
+    others = (str(Path(torch.__file__).parent), str(Path(user_code.__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(others)]
+    found = [f for f in frames if Path(f.filename).is_file() and "onnxscript" not in Path(f.filename).parts]
+    return f" (at {Path(found[-1].filename).name}, line {found[-1].lineno}: {found[-1].line})" if found else ""
+
+
 def _branch(error: BaseException) -> str:
     """Where a model branches on data, if that is why torch.export refuses it."""
     if type(error).__name__ != "GuardOnDataDependentSymNode":
@@ -217,7 +228,7 @@ def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, fold
         return Attempt(exporter, error.message)
     except Exception as error:  # exporters raise errors of their own without a common base
         cause = error.__cause__ or error
-        return Attempt(exporter, described(cause), branch=_branch(cause))
+        return Attempt(exporter, described(cause) + _place(cause), branch=_branch(cause))
 
 
 def _adopt_export(path: Path, stored: Reference) -> str:

@@ -59,6 +59,13 @@ class Conditional(nn.Module):
         return torch.cond(values.sum() > 0, lambda x: self.one(x), lambda x: self.other(x), (values,))
 
 
+class Untraceable(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError("no exporter, please")
+        return values * 2
+
+
 class Text(nn.Module):
     def forward(self, values: Tensor) -> dict[str, object]:
         return {"values": values, "unit": "metres"}
@@ -74,6 +81,10 @@ def branch() -> nn.Module:
 
 def conditional() -> nn.Module:
     return Conditional()
+
+
+def untraceable() -> nn.Module:
+    return Untraceable()
 
 
 def pair() -> nn.Module:
@@ -374,3 +385,10 @@ def test_a_shape_taken_from_one_sample_is_told(gpuopt: Gpuopt, tmp_path: Path) -
     result = compiled(gpuopt, model, "--model", "tests.integration.small:small_net", "-p", "fp32")
     assert result.code == 0, result.stderr
     assert any("1x3x16x16, and no other" in warning for warning in result.report()["warnings"])
+
+
+def test_a_failed_export_names_the_line_of_the_model(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    result = compiled(gpuopt, f"{HERE}:untraceable", "-p", "fp32", "-i", "values:2x8", "-o", tmp_path / "b")
+    assert result.code == 5
+    assert "raise RuntimeError" in result.stderr
+    assert "test_traps.py, line " in result.stderr
