@@ -261,7 +261,7 @@ def describe(
     profile = reference.load(stored.path).profiles[0]
     quiet = Silent() if stage in BY_PIPELINE else progress
     try:
-        found = reproduction.reproduce(graph, profile, check, wish, quiet, made)
+        found = reproduction.reproduce(graph, profile, check, replace(wish, kind=error.kind), quiet, made)
     except ReductionError as reason:
         return reproduction.note(error, check, reason.message, made)
     return found

@@ -60,12 +60,14 @@ class Wish:
         keep_weights: whether the weights of the model stay in the graph.
         other: for a difference, the graph to compare with; None: the graph as ONNX Runtime optimizes it.
         limits: for a difference, what the outputs have to reach.
+        kind: of the error that it has to be; empty: any.
     """
 
     seconds: float
     keep_weights: bool = False
     other: Path | None = None
     limits: Limits = field(default=SAME)
+    kind: str = ""
 
 
 def reproduce(
@@ -99,6 +101,8 @@ def reproduce(
         whole = subject.error_of(everything)
         if whole is None:
             raise _nothing(graph, check, attempts.is_over())
+        if wish.kind not in ("", whole.kind):
+            raise ReductionError(f"alone, the graph fails in another way: {whole.message}", "The log has the rest.")
         wanted = signature(whole)
 
         def fails(part: halving.Part) -> bool:

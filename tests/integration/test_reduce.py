@@ -193,3 +193,31 @@ def test_a_failure_of_somebody_else_runs_no_code_here(gpuopt: Gpuopt, tmp_path: 
     assert gpuopt("reduce", tmp_path / "model.failure", "--replay").code == 2
     path.write_text("{")
     assert gpuopt("reduce", tmp_path / "model.failure", "--replay").code == 10
+
+
+def test_a_stage_that_is_no_build_is_tried_by_the_pipeline_up_to_it(tmp_path: Path) -> None:
+    from gpuopt.progress import Silent
+    from gpuopt.recipe import resolve
+    from gpuopt.reduction.attempts import Check
+    from gpuopt.reduction.reproduction import Wish, replay, reproduce
+    from gpuopt.shapes import ShapeRange
+
+    nodes = [helper.make_node(kind, [f"t{i}"], [f"t{i + 1}"]) for i, kind in enumerate(("Tanh", "Relu", "Neg"))]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 8]) for name in ("t0", "t3")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "without products", tensors[:1], tensors[1:]),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
+    )  # fmt: skip
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    recipe = resolve({"model": {"path": "x"}, "build": {"target": ["tensorrt-rtx"]}})
+    check = Check("quantize", recipe)
+    (tmp_path / "made").mkdir()
+    profile = {"t0": ShapeRange((2, 8), (2, 8), (2, 8))}
+    found = reproduce(
+        tmp_path / "model.onnx", profile, check, Wish(300, kind="quantization"), Silent(), tmp_path / "made"
+    )
+    assert found["nodes"] == 1
+    assert found["stage"] == "quantize"
+    _, error = replay(tmp_path / "made", (), 300)
+    assert error is not None
+    assert "no node can be quantized" in error.message
