@@ -69,6 +69,19 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
+def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
+    """A file that is read whole, since it is small.
+
+    Raises:
+        StorageError: it cannot be read, or has more than `most` bytes.
+    """
+    with storage_errors("read", path), path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise StorageError(f"{path} has more than {most >> 20} MiB, too many for what it is", "Copy it again.")
+    return content
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of text in UTF-8."""
     write_bytes(path, text.encode())
