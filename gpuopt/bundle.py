@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpuopt import time_limit
 from gpuopt.artifact import folder_hashes
 from gpuopt.errors import StorageError, UsageError, one_line
 from gpuopt.storage import (
@@ -95,6 +96,8 @@ def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old bundle stays whole.
     """
+    # All work is done by then, or the time is up and this is its report.
+    time_limit.lift()
     with scratch_folder(destination.parent, destination.name) as scratch:
         staged = scratch / "bundle"
         with storage_errors("write", destination):

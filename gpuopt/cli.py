@@ -115,6 +115,11 @@ CacheOption = Annotated[
     typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
 ]
 
+TimeoutOption = Annotated[
+    str | None,
+    typer.Option("--timeout", metavar="TIME", help="End after this long, as 90s, 15m or 2h, with the exit code 18."),
+]
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(help="Model file, its kind decided by content, or package.module:factory.", show_default=False),
@@ -363,6 +368,7 @@ def compile(  # noqa: A001 - the command's name
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -370,7 +376,7 @@ def compile(  # noqa: A001 - the command's name
     verbose: VerboseFlag = False,
 ) -> None:
     """Compile a model: export, quantize, build engines, verify, report."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
 
     flags = request.Flags(
         model=model,
@@ -428,7 +434,7 @@ def compile(  # noqa: A001 - the command's name
         return
     from gpuopt.compile import compile_model
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -462,13 +468,14 @@ def quantize(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print for every node: INT8 or floating point, and why.")
     ] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Quantize a model to ONNX with Q/DQ and say why; no engines are built."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.quantize import quantize_model
     from gpuopt.report import placement
 
@@ -494,7 +501,7 @@ def quantize(
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
     if as_json:
         import json
@@ -535,13 +542,14 @@ def analyze(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg, .png or .html.")
     ] = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Show which layers cost accuracy in INT8, each quantized alone."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.analysis import analyze_model, write
     from gpuopt.report import plot as plotting
 
@@ -568,7 +576,7 @@ def analyze(
     )
     if plot is not None:
         plotting.check(plot)
-    with request.open_cache(cache_dir, no_cache) as store:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
@@ -588,6 +596,7 @@ def build(
         ),
     ] = None,
     public_key: PublicKeyOption = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -595,10 +604,10 @@ def build(
     verbose: VerboseFlag = False,
 ) -> None:
     """Build a bundle's engine for this machine and prove it; needs no PyTorch."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.rebuild import build_bundle
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 

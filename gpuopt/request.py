@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from gpuopt.storage import list_files
 
 if TYPE_CHECKING:
     from gpuopt.pipeline import Step
+
+
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", re.ASCII)
+_SECONDS_OF = {"": 1, "s": 1, "m": 60, "h": 3600}
+_LONGEST = 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,21 @@ def sizes(text: str | None) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"'{text}' is not a list of batch sizes", "Write them with commas: --batches 1,8,32.")
     return tuple(int(part) for part in parts)
+
+
+def duration(text: str | None) -> float | None:
+    """Seconds of `90`, `90s`, `15m` or `2h`; None stays None.
+
+    Raises:
+        UsageError: it is no time, or none at all.
+    """
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS_OF[match[2]] if match else 0.0
+    if not 0 < seconds <= _LONGEST:
+        raise UsageError(f"'{text}' is not a time", "Write seconds, or a number with a unit: 90s, 15m, 2h.")
+    return seconds
 
 
 def check_trace(subject: Path, path: Path) -> None:

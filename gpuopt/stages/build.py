@@ -46,7 +46,7 @@ def run(context: StageContext) -> StageOutcome:
     native = recipe_is_native(context)
     if native:
         options = replace(options, calibration=_native_calibration(context, stored))
-    built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
+    built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress, context.deadline)
     path = context.made("engine") / ENGINE_FILE[context.target]
     write_bytes(path, built.plan)
     record = _record(path, context, built, stored, gpu)
