@@ -66,6 +66,7 @@ class DocumentChoice(str, Enum):
     report = "report"
     bench = "bench"
     profile = "profile"
+    sweep = "sweep"
 
 
 class EqualizeChoice(str, Enum):
@@ -841,6 +842,54 @@ def compare(
         typer.echo(render.terminal(answer.comparison))
     if answer.error is not None:
         raise answer.error
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file: models, precisions, targets and batch sizes.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder or URL for bundles, table and plot. [default: the file's]"),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="At a time, here. [default: half of the cores]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="The most that one combination may take, as 8GiB.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="On a Ray cluster: its address, auto, or local for a new one."),
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option("--retries", min=0, help="For a task whose worker on Ray was lost. [default: 2]")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="For each combination, as 90s, 15m or 2h.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations; do nothing.")] = False,
+    cache_dir: CacheOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compile many models, precisions, targets and batch sizes; one table and plot."""
+    from gpuopt import request
+    from gpuopt.sweep import command, render
+
+    request.duration(timeout)
+    asked = command.Request(
+        file, output, processes, request.memory(memory), retries, ray, timeout, cache_dir
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(command.describe(command.planned(asked), as_json), nl=False)
+        return
+    outcome = command.sweep(asked, sys.argv, _progress(quiet))
+    if as_json:
+        _answer(outcome.report.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(render.terminal(outcome.report))
+    if outcome.error is not None:
+        raise outcome.error
 
 
 @app.command()

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gpuopt import environment
 from gpuopt.cache import Cache, default_folder
 from gpuopt.errors import UsageError
-from gpuopt.recipe import FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
+from gpuopt.recipe import FACTORY_PATTERN, MemorySize, Recipe, load, parse_setting, resolve, set_value
 from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
 from gpuopt.storage import list_files
 
@@ -203,6 +205,20 @@ def duration(text: str | None) -> float | None:
     return seconds
 
 
+def memory(text: str | None) -> int | None:
+    """Bytes of `8GiB`; None stays None.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(MemorySize).validate_python(text)
+    except ValidationError as error:
+        raise UsageError(f"'{text}' is not a size of memory", "Write a number with a unit: 8GiB, 500MiB.") from error
+
+
 def check_trace(subject: Path, path: Path) -> None:
     """Refuse before the profile what no trace can be taken of, or into.
 
@@ -239,7 +255,7 @@ def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
 
 
 def schema(document: str) -> str:
-    """The JSON Schema of `report`, `bench` or `profile`."""
+    """The JSON Schema of `report`, `bench`, `profile` or `sweep`."""
     from gpuopt.report.schema import rendered
 
     return rendered(document)
