@@ -76,6 +76,7 @@ def main() -> None:
         if what:
             counts[kind][1] += 1
             losses.append(f"{kind} at {at} ({point}): {what}")
+            print(losses[-1], file=sys.stderr, flush=True)
         if done % 20 == 0 or done == len(jobs):
             print(f"{done}/{len(jobs)}, {len(losses)} lost", file=sys.stderr, flush=True)
     for worker in workers:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ from gpuopt.sweep.results import Row
 from gpuopt.sweep.task import Task, failed_row, run_to_end
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_ANSWER = 10.0
 
 
 def run(tasks: Sequence[Task], address: str, retries: int, done: Callable[[Row], None]) -> None:
@@ -27,24 +31,39 @@ def run(tasks: Sequence[Task], address: str, retries: int, done: Callable[[Row],
     environment.require("ray", "a sweep on a cluster")
     import ray
 
-    try:
-        ray.init(
-            address=None if address == "local" else address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=True,
-        )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise RequirementError(
-            f"the Ray cluster {address} does not answer: {one_line(error)}",
-            "Start it with 'ray start --head', or name another address with --ray.",
-        ) from error
-    try:
-        _run(ray, tasks, retries, done)
-    finally:
-        # The driver's end cancels what it has begun.
-        ray.shutdown()
+    # Ray's own threads print what they have to say on stdout, which is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            _check_answers(address)
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RequirementError(
+                f"the Ray cluster {address} does not answer: {one_line(error)}",
+                "Start it with 'ray start --head', or name another address with --ray.",
+            ) from error
+        try:
+            _run(ray, tasks, retries, done)
+        finally:
+            # The driver's end cancels what it has begun.
+            ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray would try for minutes, and end the process.
+
+    Raises:
+        OSError: nobody listens there.
+        ValueError: it is no address.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER):
+            pass
 
 
 def _run(ray: Any, tasks: Sequence[Task], retries: int, done: Callable[[Row], None]) -> None:

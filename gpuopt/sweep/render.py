@@ -53,7 +53,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.name,
         state + (", reused" if row.reused else ""),
         format_bytes(row.size_bytes) if row.size_bytes is not None else "",
-        _number(row.lowest_sqnr_db, ".1f"),
+        "exact" if row.lowest_sqnr_db is None and row.lowest_cosine == 1 else _number(row.lowest_sqnr_db, ".1f"),
         _number(row.lowest_cosine, ".5f"),
         _number(row.latency_p50_ms, ".3f"),
         _number(row.milliseconds_per_sample, ".3f"),

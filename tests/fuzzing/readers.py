@@ -29,6 +29,7 @@ class Surface:
         seeds: given a folder for anything needed beside it, the undamaged files.
         read: reads the file at a path as gpuopt does.
         torch: whether the reader needs torch, whose import takes seconds.
+        is_python: whether most of the reader is gpuopt's own Python, so that its coverage tells something.
         most_bytes: how much memory reading one file may take. The README states these limits.
     """
 
@@ -37,6 +38,7 @@ class Surface:
     seeds: Callable[[Path], list[bytes]]
     read: Callable[[Path], object]
     torch: bool = False
+    is_python: bool = False
     most_bytes: int = 512 << 20
 
 
@@ -203,6 +205,25 @@ def _read_recipe(path: Path) -> None:
     recipe.to_yaml()
     recipe.extra_profiles()
     parse_setting("a=" + path.read_text(errors="replace")[:2000])
+
+
+def _sweep_seeds(folder: Path) -> list[bytes]:
+    return [
+        b"version: 1\noutput: out\nmodels:\n  a: {model: {path: a.onnx}, inputs: {x: {shape: 1x3x8x8}}}\n"
+        b"  b: {model: {path: b.pt}, inputs: {ids: {min: 1x8, opt: 2x8, max: 4x8, dtype: int64}}}\n"
+        b"precisions: [int8, fp16]\n"
+        b"targets: [onnxruntime, {target: tensorrt-rtx, name: ada, gpu: L4, build: {refit: true}}]\n"
+        b"batches: [1, 8]\nrecipe: {verify: {batch_invariance: false}}\nexclude: [{model: a, batch: 8}]\nmemory: 2GiB\n"
+    ]
+
+
+def _read_sweep(path: Path) -> None:
+    from gpuopt.sweep import command, plan
+
+    found = plan.combinations(plan.read(path))
+    command.describe(found, as_json=True)
+    for one in found[:4]:
+        command._key(one, {})
 
 
 def _range_seeds(folder: Path) -> list[bytes]:
@@ -438,19 +459,26 @@ def _look_up(path: Path) -> None:
 
 
 SURFACES: tuple[Surface, ...] = (
-    Surface("model file", "model.pt", _model_seeds, _read_model),
+    Surface("model file", "model.pt", _model_seeds, _read_model, is_python=True),
     Surface("model, loaded by torch", "model.pt", _torch_seeds, _load_model, torch=True, most_bytes=1 << 30),
     Surface("ONNX", "model.onnx", _graph_seeds, _read_graph),
     Surface("ONNX, export stage", "model.onnx", _graph_seeds, _adopt_graph, most_bytes=10 << 30),
-    Surface("recipe", "recipe.yaml", _recipe_seeds, _read_recipe),
-    Surface("calibration data", "calibration.data", _data_seeds, _read_data),
+    Surface("recipe", "recipe.yaml", _recipe_seeds, _read_recipe, is_python=True),
+    Surface("calibration data", "calibration.data", _data_seeds, _read_data, is_python=True),
     Surface("calibration images", "images/a.png", _image_seeds, _read_images),
     Surface("labels", "labels.npy", _label_seeds, _read_labels),
-    Surface("ranges and TensorRT's calibration caches", "ranges.json", _range_seeds, _read_ranges),
-    Surface("engine record", "model.tensorrt.engine.json", _record_seeds, _read_record),
+    Surface("ranges and TensorRT's calibration caches", "ranges.json", _range_seeds, _read_ranges, is_python=True),
+    Surface("engine record", "model.tensorrt.engine.json", _record_seeds, _read_record, is_python=True),
     Surface("reports, compare", "new.json", _report_seeds, _compare),
-    Surface("bundle: manifest.json", "model.gpuopt/manifest.json", _bundle_seeds, lambda p: _open_bundle(p.parent)),
+    Surface(
+        "bundle: manifest.json",
+        "model.gpuopt/manifest.json",
+        _bundle_seeds,
+        lambda p: _open_bundle(p.parent),
+        is_python=True,
+    ),
     *map(_member, _MEMBERS),
+    Surface("sweep", "sweep.yaml", _sweep_seeds, _read_sweep, is_python=True),
     Surface("cache entry", "entry.json", _entry_seeds, _look_up),
 )
 
