@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.artifact import Artifact, folder_hashes
-from gpuopt.storage import scratch_folder, sha256_json, storage_errors, sync_tree, write_json
+from gpuopt.storage import remove_abandoned, scratch_folder, sha256_json, storage_errors, sync_tree, write_json
 
 KeyParts = Mapping[str, str]
+
+_SCRATCH = "stage"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,11 @@ class Cache:
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A context with a new folder on the cache's file system."""
-        return scratch_folder(self.folder / "scratch", "stage")
+        return scratch_folder(self.folder / "scratch", _SCRATCH)
+
+    def tidy(self) -> None:
+        """Remove what runs that were killed left; those at work are left alone."""
+        remove_abandoned(self.folder / "scratch", _SCRATCH)
 
     def recall(self, shelf: str, name: str) -> Any:
         """A small JSON document kept under `shelf`; None if absent or damaged."""

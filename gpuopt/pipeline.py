@@ -271,6 +271,7 @@ class Runner:
         Raises:
             GpuoptError: of the step that failed; `at_work` names it.
         """
+        self.cache.tidy()
         try:
             with Worker() as worker:
                 steps = [step for step in plan(self.recipe, until) if only is None or step.stage.name in only]

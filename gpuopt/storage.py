@@ -135,6 +135,12 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def _without_abandoned(parent: Path, name: str) -> str:
     """How this process's temporary names for `name` begin, once those of processes that are gone are removed."""
+    remove_abandoned(parent, name)
+    return f".{name}.{socket.gethostname()}.{os.getpid()}."
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Remove the temporary files and folders for `name` of processes of this machine that are gone."""
     prefix = f".{name}.{socket.gethostname()}"
     for abandoned in parent.glob(f"{glob.escape(prefix)}.*"):
         owner = abandoned.name.removeprefix(prefix).split(".")[1]
@@ -142,7 +148,6 @@ def _without_abandoned(parent: Path, name: str) -> str:
             shutil.rmtree(abandoned, ignore_errors=True)
             with contextlib.suppress(OSError):
                 abandoned.unlink(missing_ok=True)
-    return f"{prefix}.{os.getpid()}."
 
 
 def publish_folder(staged: Path, destination: Path) -> None:

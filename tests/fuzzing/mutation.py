@@ -244,7 +244,7 @@ def _zip(data: bytes, random: Random) -> bytes:
         )
     elif way == 3:
         # A bomb: what unpacks to far more than the file has.
-        members[index] = (name, content[:128] + b"\0" * (random.choice((1, 64, 300)) << 20))
+        members[index] = (name, content[:128] + b"\0" * (random.choice((1, 1, 4, 4, 16, 16, 16, 300)) << 20))
     elif way == 4:
         members[index] = (name, evil_pickle())
     else:
