@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from gpuopt.report.model import Failure, Report
+from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
+from gpuopt.report.model import EngineReport, Failure, Report
 
 
 class _Part(BaseModel):
@@ -80,8 +81,7 @@ def figures(report: Report, target: str) -> dict[str, Any]:
     engine = next((one for one in report.engines if one.target == target), None)
     if engine is None:
         return {}
-    compared = engine.proof if engine.proof is not None else report.verification
-    outputs = [row for row in (compared or {}).get("outputs", []) if isinstance(row, dict)]
+    outputs = _compared(report, engine)
     benchmark = next((one for one in report.benchmarks if one.file == engine.file), None)
     found: dict[str, Any] = {
         "file": engine.file,
@@ -96,6 +96,16 @@ def figures(report: Report, target: str) -> dict[str, Any]:
         found["milliseconds_per_sample"] = milliseconds / benchmark.batch if benchmark.batch else None
         found["measured_on"] = benchmark.where
     return found
+
+
+def _compared(report: Report, engine: EngineReport) -> list[dict[str, Any]]:
+    """The comparisons with the original model: the engine's own, else those of the graph that it was built from."""
+    if engine.proof is not None:
+        return [row for row in engine.proof.get("outputs", []) if isinstance(row, dict)]
+    rows = [row for row in (report.verification or {}).get("outputs", []) if isinstance(row, dict)]
+    graphs = {row.get("graph") for row in rows}
+    built_from = ENGINE_ONNX_FILE if engine.target != "onnxruntime" and ENGINE_ONNX_FILE in graphs else ONNX_FILE
+    return [row for row in rows if row.get("graph", built_from) == built_from]
 
 
 def _lowest(values: Iterable[Any]) -> float | None:
