@@ -82,6 +82,9 @@ class Worker:
             if kind == "error":
                 name, message, hint, details = content
                 failure = _KINDS[name](message, hint)
+                if isinstance(failure, TimeLimitError):
+                    # The builder was a little earlier than the alarm, which has nothing to end any more.
+                    time_limit.lift()
                 failure.details = details + self._said()
                 raise failure
             getattr(context.progress, kind)(*content)

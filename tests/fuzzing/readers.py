@@ -349,7 +349,19 @@ def _member(name: str) -> Surface:
 
 def _verify_seeds(folder: Path) -> list[bytes]:
     _bundle_seeds(folder)
-    return [(folder / "model.gpuopt/model.onnx").read_bytes()]
+    return _graph_seeds(folder)
+
+
+def _verify(path: Path) -> None:
+    """`gpuopt verify` of a bundle with another graph: ONNX Runtime opens it, and runs it if it can."""
+    from gpuopt.compile import verify_bundle
+    from gpuopt.progress import Silent
+    from gpuopt.storage import sha256_file
+
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    manifest["files"]["model.onnx"] = sha256_file(path)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    verify_bundle(path.parent, Silent(), ["gpuopt"])
 
 
 # --- calibration data ------------------------------------------------------------------------------
@@ -478,6 +490,7 @@ SURFACES: tuple[Surface, ...] = (
         is_python=True,
     ),
     *map(_member, _MEMBERS),
+    Surface("bundle: verified", "model.gpuopt/model.onnx", _verify_seeds, _verify, most_bytes=10 << 30),
     Surface("sweep", "sweep.yaml", _sweep_seeds, _read_sweep, is_python=True),
     Surface("cache entry", "entry.json", _entry_seeds, _look_up),
 )

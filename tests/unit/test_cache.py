@@ -261,3 +261,15 @@ def test_a_journal_belongs_to_its_key_and_goes_with_the_result(cache: Cache) -> 
     assert other.exists()
     cache.clear()
     assert not other.exists()
+
+
+def test_tidying_removes_what_a_killed_run_left_and_nothing_of_one_at_work(cache: Cache) -> None:
+    cache.tidy()
+    finished = multiprocessing.get_context("fork").Process(target=int)
+    finished.start()
+    finished.join()
+    with cache.scratch() as ours:
+        theirs = ours.with_name(ours.name.replace(f".{os.getpid()}.", f".{finished.pid}."))
+        theirs.mkdir()
+        cache.tidy()
+        assert [path.name for path in (cache.folder / "scratch").iterdir()] == [ours.name]
