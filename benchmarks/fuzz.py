@@ -65,6 +65,8 @@ def fuzz(surface: str, seconds: float, seed: int, python: str, module: str) -> R
             for found in (line for line in lines if "kind" in line):
                 result.findings[f"{found['kind']}: {found['what']}"] += 1
             read = next((line["inputs"] for line in lines if "inputs" in line), None)
+            if read is None and code == 0:
+                read = int((Path(name) / "at-work").read_text())
             if read is not None:
                 result.inputs += read
                 left = 0
