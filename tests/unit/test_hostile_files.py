@@ -114,6 +114,18 @@ def test_safetensors_that_declare_what_is_not_there(tmp_path: Path) -> None:
             torch_model.load(settings, ModelKind.SAFETENSORS)
 
 
+def test_an_archive_of_torch_that_is_a_bomb(tmp_path: Path) -> None:
+    from gpuopt.model_file import ModelKind, detect
+
+    for size, code in (("small", bytes(1 << 20)), ("bomb", bytes(65 << 20))):
+        with zipfile.ZipFile(tmp_path / size, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a/constants.pkl", b"\x80\x02).")
+            archive.writestr("a/code/a.py", code)
+    assert detect(tmp_path / "small") is ModelKind.TORCHSCRIPT
+    with pytest.raises(ModelError, match="it unpacks to 65 MiB"):
+        detect(tmp_path / "bomb")
+
+
 def npy(header: str, body: bytes = b"") -> bytes:
     text = header.encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
