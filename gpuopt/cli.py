@@ -66,6 +66,7 @@ class DocumentChoice(str, Enum):
     report = "report"
     bench = "bench"
     profile = "profile"
+    sweep = "sweep"
 
 
 class EqualizeChoice(str, Enum):
@@ -113,6 +114,11 @@ VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also show th
 CacheOption = Annotated[
     Path | None,
     typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
+]
+
+TimeoutOption = Annotated[
+    str | None,
+    typer.Option("--timeout", metavar="TIME", help="End after this long, as 90s, 15m or 2h, with the exit code 18."),
 ]
 
 ModelArgument = Annotated[
@@ -394,6 +400,7 @@ def compile(  # noqa: A001 - the command's name
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -401,7 +408,7 @@ def compile(  # noqa: A001 - the command's name
     verbose: VerboseFlag = False,
 ) -> None:
     """Compile a model: export, quantize, build engines, verify, report."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
 
     flags = request.Flags(
         model=model,
@@ -465,7 +472,7 @@ def compile(  # noqa: A001 - the command's name
         return
     from gpuopt.compile import compile_model
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -505,13 +512,14 @@ def quantize(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print for every node: INT8 or floating point, and why.")
     ] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Quantize a model to ONNX with Q/DQ and say why; no engines are built."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.quantize import quantize_model
     from gpuopt.report import placement
 
@@ -543,7 +551,7 @@ def quantize(
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
     if as_json:
         import json
@@ -590,13 +598,14 @@ def analyze(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg, .png or .html.")
     ] = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Show which layers cost accuracy in INT8, each quantized alone."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.analysis import analyze_model, write
     from gpuopt.report import plot as plotting
 
@@ -629,7 +638,7 @@ def analyze(
     )
     if plot is not None:
         plotting.check(plot)
-    with request.open_cache(cache_dir, no_cache) as store:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
@@ -649,6 +658,7 @@ def build(
         ),
     ] = None,
     public_key: PublicKeyOption = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -656,10 +666,10 @@ def build(
     verbose: VerboseFlag = False,
 ) -> None:
     """Build a bundle's engine for this machine and prove it; needs no PyTorch."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.rebuild import build_bundle
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -893,6 +903,54 @@ def compare(
         typer.echo(render.terminal(answer.comparison))
     if answer.error is not None:
         raise answer.error
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file: models, precisions, targets and batch sizes.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder or URL for bundles, table and plot. [default: the file's]"),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="At a time, here. [default: half of the cores]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="The most that one combination may take, as 8GiB.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="On a Ray cluster: its address, auto, or local for a new one."),
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option("--retries", min=0, help="For a task whose worker on Ray was lost. [default: 2]")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="For each combination, as 90s, 15m or 2h.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations; do nothing.")] = False,
+    cache_dir: CacheOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compile many models, precisions, targets and batch sizes; one table and plot."""
+    from gpuopt import request
+    from gpuopt.sweep import command, render
+
+    request.duration(timeout)
+    asked = command.Request(
+        file, output, processes, request.memory(memory), retries, ray, timeout, cache_dir
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(command.describe(command.planned(asked), as_json), nl=False)
+        return
+    outcome = command.sweep(asked, sys.argv, _progress(quiet))
+    if as_json:
+        _answer(outcome.report.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(render.terminal(outcome.report))
+    if outcome.error is not None:
+        raise outcome.error
 
 
 @app.command()

@@ -162,6 +162,13 @@ class SignatureError(GpuoptError):
     kind = "signature"
 
 
+class TimeLimitError(GpuoptError):
+    """The command took longer than `--timeout` lets it."""
+
+    exit_code = 18
+    kind = "timeout"
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 KINDS: tuple[type[GpuoptError], ...] = (
@@ -182,6 +189,7 @@ KINDS: tuple[type[GpuoptError], ...] = (
     RegressionError,
     ComparisonError,
     SignatureError,
+    TimeLimitError,
 )
 
 
