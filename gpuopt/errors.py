@@ -162,6 +162,13 @@ class SignatureError(GpuoptError):
     kind = "signature"
 
 
+class ConfigurationError(GpuoptError):
+    """A Triton model configuration is not one, breaks a rule of Triton's, or disagrees with its engine."""
+
+    exit_code = 18
+    kind = "configuration"
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 KINDS: tuple[type[GpuoptError], ...] = (
@@ -182,6 +189,7 @@ KINDS: tuple[type[GpuoptError], ...] = (
     RegressionError,
     ComparisonError,
     SignatureError,
+    ConfigurationError,
 )
 
 
