@@ -97,6 +97,12 @@ class TimeoutActionChoice(str, Enum):
     delay = "delay"
 
 
+class DistributionChoice(str, Enum):
+    poisson = "poisson"
+    uniform = "uniform"
+    bursty = "bursty"
+
+
 class DifferenceChoice(str, Enum):
     gpu = "gpu"
     library = "library"
@@ -1025,6 +1031,90 @@ def triton(
         _answer(written.model_dump_json(indent=2))
     elif not quiet:
         typer.echo(render.written(written))
+
+
+@app.command("plan-batching")
+def plan_batching(
+    latencies: Annotated[
+        Path, typer.Argument(help="Report of 'gpuopt bench --output', or a CSV or JSON table of batch latencies.")
+    ],
+    target: Annotated[
+        str, typer.Option("--target", metavar="PERCENTILE=TIME", help="From arrival to response, as p99=20ms.")
+    ],
+    rate: Annotated[float | None, typer.Option("--rate", min=0.001, help="Requests a second.")] = None,
+    distribution: Annotated[
+        DistributionChoice | None, typer.Option("--distribution", help="Of their gaps. [default: poisson]")
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option("--burstiness", min=0.1, max=20, help="Deviation over mean of the gaps, if bursty. [default: 3]"),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="CSV of arrivals in seconds, instead of --rate.")
+    ] = None,
+    instances: Annotated[
+        int | None, typer.Option("--instances", min=1, help="[default: as many as pay by the report's streams]")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option("--max-batch-size", min=1, help="[default: what carries most]")
+    ] = None,
+    preferred_batch_size: Annotated[
+        str | None, typer.Option("--preferred-batch-size", metavar="N,N,...", help="[default: what carries most]")
+    ] = None,
+    max_queue_delay: Annotated[
+        str | None, typer.Option("--max-queue-delay", metavar="TIME", help="[default: what carries most]")
+    ] = None,
+    preserve_ordering: Annotated[
+        bool, typer.Option("--preserve-ordering", help="Responses in the order of requests.")
+    ] = False,
+    max_queue_size: Annotated[
+        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+    ] = None,
+    queue_timeout: Annotated[
+        str | None, typer.Option("--queue-timeout", metavar="TIME", help="A request that waits longer is refused.")
+    ] = None,
+    max_drop: Annotated[
+        str, typer.Option("--max-drop", metavar="SHARE", help="Requests that may be refused, as 0.1%.")
+    ] = "0",
+    overhead: Annotated[
+        str | None, typer.Option("--overhead", metavar="TIME", help="Of every request besides, as the network's.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="Predict this config.pbtxt beside the plan.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg or .png.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Choose Triton's batching settings for a load and a latency target, by simulation."""
+    from gpuopt.batching import command, flags, report
+    from gpuopt.batching import plot as plotting
+
+    if plot is not None:
+        plotting.check(plot)
+    asked = flags.request(
+        latencies,
+        flags.Load(rate, _value(distribution), burstiness, trace),
+        flags.Goal(target, max_drop, overhead, against),
+        flags.Settings(
+            instances, max_batch_size, preferred_batch_size, max_queue_delay, preserve_ordering, max_queue_size,
+            queue_timeout,
+        ),
+    )  # fmt: skip
+    answer = command.make(asked, sys.argv, _progress(quiet))
+    if output is not None:
+        command.write(answer.report, output)
+    if plot is not None:
+        plotting.save(answer.report, plot)
+    for warning in answer.report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _answer(answer.report.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(report.render(answer.report))
+    if answer.error is not None:
+        raise answer.error
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Request:
     version: int | None = None
     backend: Backend | None = None
     torchscript: Path | None = None
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     existing: Literal["same", "keep", "replace"] = "same"
     ensemble: EnsembleRequest | None = None
     public_key: str | None = None
@@ -189,7 +189,9 @@ def _content(made: config.Made, model: Served, others: Mapping[str, Served]) -> 
         if one.record is not None:
             record = one.record.model_copy(update={"file": name})
             documents[engine_record.record_path(Path(name)).name] = record.model_dump_json(indent=2) + "\n"
-    head = f"# Written by gpuopt {gpuopt.__version__} for {model.file.name}; 'gpuopt triton --check' compares the two.\n"
+    head = (
+        f"# Written by gpuopt {gpuopt.__version__} for {model.file.name}; 'gpuopt triton --check' compares the two.\n"
+    )
     return Content(head + schema.render(made.config), files, documents, made.warm_up)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpuopt.batching.report import SettingsReport, read
 from gpuopt.durations import microseconds
 from gpuopt.errors import UsageError
 from gpuopt.request import sizes
@@ -16,6 +17,7 @@ from gpuopt.triton.options import (
     InstanceGroup,
     Optimization,
     Options,
+    QueuePolicy,
     accelerators,
     instance_group,
     numbers,
@@ -131,10 +133,8 @@ def options(batching: Batching, running: Running, plan: Path | None) -> Options:
     if plan is not None:
         if asked != DynamicBatching():
             raise UsageError("--plan and flags of the dynamic batcher exclude each other", "Leave one of the two out.")
-        from gpuopt.batching import report
-
-        found = report.read(plan)
-        asked = _planned(found)
+        found = read(plan)
+        asked = _planned(found.settings)
         max_batch_size = found.settings.max_batch_size if max_batch_size is None else max_batch_size
         groups = groups or (InstanceGroup("KIND_CPU" if found.on_cpu else "KIND_GPU", found.settings.instances),)
     return Options(
@@ -180,5 +180,14 @@ def _engines(texts: Sequence[str]) -> tuple[tuple[str, Path], ...]:
     return tuple((capability, Path(folder)) for capability, _, folder in parts)
 
 
-def _planned(found: Any) -> DynamicBatching:
-    raise NotImplementedError
+def _planned(found: SettingsReport) -> DynamicBatching:
+    return DynamicBatching(
+        preferred_batch_size=found.preferred_batch_size,
+        max_queue_delay_microseconds=found.max_queue_delay_microseconds,
+        preserve_ordering=found.preserve_ordering,
+        default_queue_policy=QueuePolicy(
+            max_queue_size=found.max_queue_size,
+            timeout_microseconds=found.queue_timeout_microseconds,
+            action=found.timeout_action,
+        ),
+    )

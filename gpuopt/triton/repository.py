@@ -1,9 +1,9 @@
 """Writing into a model repository: a version appears whole or not at all, and the others are not touched.
 
-    REPOSITORY/MODEL/config.pbtxt
-    REPOSITORY/MODEL/VERSION/model.plan          or model.onnx, model.pt
-    REPOSITORY/MODEL/VERSION/model.plan.json     the engine's record
-    REPOSITORY/MODEL/warmup/FILE                 inputs of warm-up requests
+REPOSITORY/MODEL/config.pbtxt
+REPOSITORY/MODEL/VERSION/model.plan          or model.onnx, model.pt
+REPOSITORY/MODEL/VERSION/model.plan.json     the engine's record
+REPOSITORY/MODEL/warmup/FILE                 inputs of warm-up requests
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def place(repository: Path, model: str, version: int | None) -> Place:
     chosen = version if version is not None else max(there, default=0) + 1
     if chosen in there:
         raise UsageError(
-            f"{repository / model} has version {chosen}", f"Leave --version out to write {max(there) + 1}, or remove it."
+            f"{repository / model} has version {chosen}",
+            f"Leave --version out to write {max(there) + 1}, or remove it.",
         )
     return Place(repository, model, chosen)
 
@@ -198,7 +199,7 @@ def _link_rest(present: Path, staged: Path) -> None:
         copy = staged / path.relative_to(present)
         if path.is_symlink():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.symlink_to(os.readlink(path))
+            copy.symlink_to(path.readlink())
         elif path.is_dir():
             copy.mkdir(parents=True, exist_ok=True)
         elif not copy.exists():

@@ -235,7 +235,7 @@ def _pool() -> descriptor_pool.DescriptorPool:
             enumeration.value.add(name=value, number=number)
     # A pool of its own: another package may have Triton's real file in protobuf's default one.
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]
+    pool.Add(file)
     return pool
 
 

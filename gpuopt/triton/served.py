@@ -189,6 +189,7 @@ def _engine(folder: Path, path: Path, stored: Reference) -> Served:
     proof = line.proof if line is not None and line.proof is not None and line.sha256 == record.sha256 else {}
     told = proof.get("io_formats")
     formats = told if isinstance(told, dict) else about.io_formats
+
     def served(spec: TensorSpec) -> ServedTensor:
         layout = str(formats.get(spec.name, "")).partition(":")[2]
         return ServedTensor(spec, layout in ("", "chw"))

@@ -25,10 +25,14 @@ def platform(subject: Subject) -> Iterator[Finding]:
     backend, written = subject.config.backend, subject.config.platform
     if subject.config.HasField("ensemble_scheduling"):
         if written != "ensemble" or backend:
-            yield error("platform", "platform", f"'{written}', backend '{backend}'", 'Write platform: "ensemble" alone.')
+            yield error(
+                "platform", "platform", f"'{written}', backend '{backend}'", 'Write platform: "ensemble" alone.'
+            )
         return
     if written == "ensemble":
-        yield error("platform", "platform", "'ensemble' without ensemble_scheduling", "Write the steps, or another one.")
+        yield error(
+            "platform", "platform", "'ensemble' without ensemble_scheduling", "Write the steps, or another one."
+        )
         return
     wanted = PLATFORMS.get(backend)
     if written and wanted and written != wanted and not (backend == "pytorch" and written == "pytorch"):

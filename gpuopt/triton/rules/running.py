@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ def instance_kinds(subject: Subject) -> Iterator[Finding]:
         if group.gpus and group.kind in (_CPU, _MODEL):
             yield error("instance_kinds", f"{path}.gpus", f"{kind} has no GPUs", "Leave gpus out, or write KIND_GPU.")
         if subject.backend == "tensorrt" and group.kind in (_CPU, _MODEL):
-            yield error("instance_kinds", f"{path}.kind", f"{kind}, and an engine runs on GPUs alone", "Write KIND_GPU.")
+            yield error(
+                "instance_kinds", f"{path}.kind", f"{kind}, and an engine runs on GPUs alone", "Write KIND_GPU."
+            )
         if group.kind == _CPU and subject.config.optimization.execution_accelerators.gpu_execution_accelerator:
             yield error(
                 "instance_kinds", f"{path}.kind", "KIND_CPU, and gpu_execution_accelerator is for instances on GPUs",
@@ -167,10 +170,11 @@ def warm_up(subject: Subject) -> Iterator[Finding]:
         path = f"model_warmup '{sample.name}'"
         if not sample.batch_size:
             yield warning("warm_up", f"{path}.batch_size", "0: Triton skips it", "Write 1 or more.")
-        if sample.batch_size > max(subject.config.max_batch_size, 1):
+        largest = max(subject.config.max_batch_size, 1)
+        if sample.batch_size > largest:
             yield error(
-                "warm_up", f"{path}.batch_size", f"{sample.batch_size}, max_batch_size is {subject.config.max_batch_size}",
-                f"Write at most {max(subject.config.max_batch_size, 1)}.",
+                "warm_up", f"{path}.batch_size", f"{sample.batch_size}, the largest batch is {largest}",
+                f"Write at most {largest}.",
             )  # fmt: skip
         inputs = {entry.name: entry for entry in subject.config.input}
         for name in sorted(set(inputs) - set(sample.inputs)):
@@ -232,7 +236,7 @@ def metrics(subject: Subject) -> Iterator[Finding]:
                 "metrics", "model_metrics.metric_identifier.family",
                 f"'{control.metric_identifier.family}' cannot be set by a model", f"Write {LATENCY_FAMILY}.",
             )  # fmt: skip
-        if not buckets or any(low >= high for low, high in zip(buckets, buckets[1:], strict=False)):
+        if not buckets or any(low >= high for low, high in itertools.pairwise(buckets)):
             yield error(
                 "metrics", "model_metrics.histogram_options.buckets", f"{buckets} does not rise",
                 "Write the buckets' upper ends in order, milliseconds.",

@@ -52,7 +52,7 @@ def names(subject: Subject) -> Iterator[Finding]:
         for name in known:
             if name not in written and path == "input":
                 yield error(
-                    "names", path, f"the engine's input '{name}' is missing", f"Add an input with name: \"{name}\"."
+                    "names", path, f"the engine's input '{name}' is missing", f'Add an input with name: "{name}".'
                 )
             elif name not in written:
                 yield warning(
@@ -75,7 +75,8 @@ def there_are_tensors(subject: Subject) -> Iterator[Finding]:
     for path, field in (("input", subject.config.input), ("output", subject.config.output)):
         if not field:
             yield warning(
-                "there_are_tensors", path, "there is none", "Triton completes it only without --disable-auto-complete-config."
+                "there_are_tensors", path, "there is none",
+                "Triton completes it only without --disable-auto-complete-config.",
             )  # fmt: skip
 
 
@@ -106,7 +107,9 @@ def dims(subject: Subject) -> Iterator[Finding]:
         if len(written) != len(wanted):
             whole = dims_of(tensor, batched=False)
             if subject.batched and len(written) == len(whole):
-                message = f"{_list(written)} counts the batch, which max_batch_size {subject.config.max_batch_size} adds"
+                message = (
+                    f"{_list(written)} counts the batch, which max_batch_size {subject.config.max_batch_size} adds"
+                )
             elif not subject.batched and len(written) + 1 == len(whole):
                 message = f"{_list(written)} leaves the first dimension out, and max_batch_size 0 adds none"
             else:
@@ -150,7 +153,8 @@ def dims_are_not_empty(subject: Subject) -> Iterator[Finding]:
     for path, entry in _fields(subject):
         if not entry.dims:
             yield error(
-                "dims_are_not_empty", f"{path}.dims", "it is empty", "Write [1], and reshape { } where the model has none."
+                "dims_are_not_empty", f"{path}.dims", "it is empty",
+                "Write [1], and reshape { } where the model has none.",
             )  # fmt: skip
         for size in entry.dims:
             if size < 1 and size != -1:
@@ -167,7 +171,8 @@ def reshape(subject: Subject) -> Iterator[Finding]:
         target = tuple(entry.reshape.shape)
         if not target and not subject.batched:
             yield error(
-                "reshape", f"{path}.reshape", "it is empty, and there is no batch", "Write its shape, or batch the model."
+                "reshape", f"{path}.reshape", "it is empty, and there is no batch",
+                "Write its shape, or batch the model.",
             )  # fmt: skip
         for sizes in (tuple(entry.dims), target):
             if any(size < 1 and size != -1 for size in sizes):
