@@ -128,7 +128,8 @@ class PrecisionError(GpuoptError):
 
 
 class SpeedError(GpuoptError):
-    """INT8 was demanded and is slower than FP16, or the engine misses a limit of latency or throughput."""
+    """INT8 was demanded and is slower than FP16, an engine misses a limit of latency or throughput, or no batching
+    settings hold a load within its target."""
 
     exit_code = 13
     kind = "speed"

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import collections
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,9 @@ Floats = npt.NDArray[np.float64]
 
 _PREFETCHED = 2
 """Batches that are formed ahead for each instance."""
+
+_LONGEST_SLEEP = 0.5
+"""Seconds after which the batcher looks at its queue although nothing woke it."""
 
 QUANTILES = 256
 _NEVER = float("inf")
@@ -174,6 +178,7 @@ class _Run:
         self.pending = 0
         self.next_preferred = 0
         self.timer = _NEVER
+        self.asleep = 0.0
         self.idle = settings.instances
         self.finishing: list[float] = []
 
@@ -204,6 +209,8 @@ class _Run:
                         or len(queue) + len(self.put_behind) >= self.next_preferred
                     ):
                         self._form(now)
+                    elif self.timer == _NEVER and self._has_slot():
+                        self.timer = self.asleep + _LONGEST_SLEEP * math.ceil((now - self.asleep) / _LONGEST_SLEEP)
                 index += 1
             elif finish <= self.timer:
                 now = heapq.heappop(finishing)
@@ -231,6 +238,7 @@ class _Run:
                 self.next_preferred = 0
             if not queue and not behind:
                 self.timer = _NEVER
+                self.asleep = now
                 return
             if not self._has_slot():
                 self.timer = _NEVER
@@ -282,7 +290,8 @@ class _Run:
         self.next_preferred = max(0, higher - size)
         if not self.saturated and size and size not in preferred:
             return 0.0
-        return max(oldest + self.delay - now, 1e-9)
+        expiry = self.arrivals[self.queue[0]] + self.timeout if self.queue else _NEVER
+        return max(min(oldest + self.delay, expiry) - now, 1e-9)
 
     def _oldest(self) -> float:
         """Arrival of the oldest request that waits."""

@@ -186,6 +186,8 @@ def capacity(
         highest: rate to begin at, requests a second.
     """
     ceiling = min(highest, _ceiling(service, settings))
+    if ceiling <= 0:
+        return 0.0
     held = failed = 0.0
     for share in _GRID:
         rate = share * ceiling

@@ -37,7 +37,7 @@ def platform(subject: Subject) -> Iterator[Finding]:
     wanted = PLATFORMS.get(backend)
     if written and wanted and written != wanted and not (backend == "pytorch" and written == "pytorch"):
         yield error("platform", "platform", f"'{written}' does not go with backend '{backend}'", f"Write {wanted}.")
-    if written and not backend and not subject.backend:
+    if written and not backend and written not in (*PLATFORMS.values(), "pytorch"):
         yield error("platform", "platform", f"'{written}' is unknown", f"Write one of {', '.join(PLATFORMS.values())}.")
     served = subject.served
     if served is not None and subject.backend != served.backend:
