@@ -11,7 +11,7 @@ an environment of their own.
 
 Calibration, before anything is predicted and on other requests: a server that waits for whole batches gets bursts of
 each batch size, one after the other. Triton's own statistics say how long an instance was busy with a batch of one;
-what the latency of a burst of one has besides, in the median, is the constant part of a request: gRPC, scheduler,
+what the latency of a burst of one has besides, in the mean, is the constant part of a request: gRPC, scheduler,
 wake-ups. The latencies of bursts without it are the service times. Nothing is fitted to the settings that are
 predicted.
 
@@ -284,15 +284,16 @@ class Bench:
         for size in SIZES:
             whole = ("--max-batch-size", str(size), "--preferred-batch-size", str(size), "--max-queue-delay", "1s")
             with self.server(whole) as (address, _):
+                self._client(address, "bursts", size, 20)
                 count = 300 if size <= 16 else 100
-                found, cores = self.undisturbed(functools.partial(self._client, address, "bursts", size, count))
+                (found, busy), cores = self.undisturbed(functools.partial(self._bursts, address, size, count))
                 # The typical response of a burst: the client takes them in one after the other.
                 typical = np.asarray([np.median(times) for times in found["answered"]])
-                latencies[size] = (typical - np.asarray(found["sent"]))[10:].tolist()
+                latencies[size] = (typical - np.asarray(found["sent"])).tolist()
                 disturbed[size] = round(cores, 3)
                 if size == 1:
-                    alone = self._busy_seconds()
-        constant = max(0.0, float(np.median(latencies[1])) - alone)
+                    alone = busy
+        constant = max(0.0, float(np.mean(latencies[1])) - alone)
         self.constant_ms = constant * 1000
         service = {size: np.maximum(np.asarray(found) - constant, 1e-4) * 1000 for size, found in latencies.items()}
         with self.table.open("w", newline="") as stream:
@@ -310,12 +311,23 @@ class Bench:
         print(answer, file=sys.stderr, flush=True)
         return answer
 
+    def _bursts(self, address: str, size: int, count: int) -> tuple[dict[str, list[Any]], float]:
+        """Bursts, and the mean seconds that the instance was busy with one of them, by Triton's statistics."""
+        before = self._busy_seconds()
+        found = self._client(address, "bursts", size, count)
+        return found, (self._busy_seconds() - before) / count
+
     def _busy_seconds(self) -> float:
-        """Mean seconds that an instance was busy with a batch of one, by Triton's statistics."""
+        """Seconds that the instance has been busy in all."""
         stats = json.loads(get(f"http://127.0.0.1:{self.http}/v2/models/net/stats"))["model_stats"][0]
-        one = next(entry for entry in stats["batch_stats"] if entry["batch_size"] == 1)
-        parts = [one[name] for name in ("compute_input", "compute_infer", "compute_output")]
-        return sum(part["ns"] / part["count"] for part in parts) / 1e9
+        return float(
+            sum(
+                batch[part]["ns"]
+                for batch in stats.get("batch_stats", ())
+                for part in ("compute_input", "compute_infer", "compute_output")
+            )
+            / 1e9
+        )
 
     def compare(self, case: Case) -> dict[str, Any]:
         """One setting, measured and predicted on the same arrivals."""

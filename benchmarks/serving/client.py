@@ -98,8 +98,9 @@ def main() -> None:
     mode, address, model, name, *rest = sys.argv[1:]
     shape = tuple(int(size) for size in rest[-1].split("x"))
     client = Client(address, request_bytes(model, name, shape))
-    for _ in range(20):
-        client.call(client.content, timeout=60)
+    if mode == "replay":
+        for _ in range(20):
+            client.call(client.content, timeout=60)
     gc.disable()
     json.dump(
         replay(client, json.load(sys.stdin)) if mode == "replay" else bursts(client, *map(int, rest[:2])), sys.stdout

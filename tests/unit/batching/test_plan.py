@@ -50,7 +50,7 @@ def test_the_plan_holds_the_target_and_nothing_beats_it(tmp_path: Path) -> None:
 
 
 def test_the_load_range_rises_and_the_knee_is_inside(tmp_path: Path) -> None:
-    found = search(problem(tmp_path, LINEAR, 2000, 30))
+    found = search(problem(tmp_path, LINEAR, 2000, 30, max_batch_size=128, max_queue_delay_microseconds=0))
     rates = [point.rate for point in found.load_range]
     assert rates == sorted(rates)
     assert rates[-1] > found.best.capacity
@@ -71,7 +71,7 @@ def test_instances_that_pay_and_that_do_not(tmp_path: Path) -> None:
     found = {}
     for name, gain in (("no", 1.02), ("yes", 1.9)):
         table = json.dumps({"batches": {"1": 4.0, "8": 8.0}, "streams": {"2": gain}})
-        found[name] = search(problem(tmp_path, table, 300, 60))
+        found[name] = search(problem(tmp_path, table, 300, 60, max_batch_size=8, max_queue_delay_microseconds=0))
     assert found["no"].best.settings.instances == 1
     assert found["yes"].best.settings.instances == 2
     assert [one.settings.instances for one in found["no"].by_instances] == [1, 2]
@@ -110,7 +110,7 @@ def request(path: Path, rate: float, **settings: object) -> command.Request:
 def test_the_answer_on_a_bench_report(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text(reports.report([*reports.BATCHES, *reports.PHASES, *reports.STREAMS, *reports.OVERLAP]))
-    answer = command.make(request(path, 1000), ["gpuopt"], Silent())
+    answer = command.make(request(path, 1000, max_queue_delay="0ms"), ["gpuopt"], Silent())
     assert answer.error is None
     made = answer.report
     assert report.PlanReport.model_validate_json(made.model_dump_json()) == made
@@ -128,7 +128,7 @@ def test_the_answer_on_a_bench_report(tmp_path: Path) -> None:
 def test_a_load_beyond_the_capacity_is_an_error_and_still_a_plan(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text(LINEAR)
-    answer = command.make(request(path, 50_000), ["gpuopt"], Silent())
+    answer = command.make(request(path, 50_000, max_batch_size=64, max_queue_delay="0ms"), ["gpuopt"], Silent())
     assert answer.error is not None
     assert answer.error.exit_code == 13
     assert "spread the load over" in answer.error.hint
