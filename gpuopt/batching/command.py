@@ -231,6 +231,12 @@ def _warnings(known: Latencies, request: Request, found: Found) -> list[str]:
         )
     if known.streams and instances > max(known.streams):
         warnings.append(f"instances were measured up to {max(known.streams)}: more are taken to bring nothing")
+    largest = found.best.settings.max_batch_size
+    if instances > 1 and 0 < known.streams_batch < largest:
+        warnings.append(
+            f"what {instances} instances bring was measured at batch {known.streams_batch}: larger ones leave less of "
+            "the GPU for others"
+        )
     requests = len(found.at_load.latencies)
     if requests * (1 - request.target.percentile / 100) < 20:
         warnings.append(

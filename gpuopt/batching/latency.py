@@ -44,6 +44,7 @@ class Latencies:
         phases: of a bench report that has them.
         streams: how many times one instance's throughput so many side by side have; empty: not measured.
         streams_spread: lowest and highest of that, by the rounds' spread.
+        streams_batch: samples in an inference of theirs; 0: not measured, or not known.
         depths: measured milliseconds an inference with so many in flight, copies and all; empty: not measured.
         warnings: one line each.
     """
@@ -54,6 +55,7 @@ class Latencies:
     phases: Phases | None
     streams: Mapping[int, float]
     streams_spread: Mapping[int, tuple[float, float]]
+    streams_batch: int
     depths: Mapping[int, float]
     warnings: tuple[str, ...]
 
@@ -138,7 +140,7 @@ def _of_table(path: Path, document: Any) -> Latencies:
         for size, times in table.batches.items()
     }
     streams = {1: 1.0, **table.streams} if table.streams else {}
-    return _checked(path, Latencies(path.name, table.on_cpu, batches, None, streams, {}, {}, ()))
+    return _checked(path, Latencies(path.name, table.on_cpu, batches, None, streams, {}, 0, {}, ()))
 
 
 def _of_csv(path: Path, text: str) -> Latencies:
@@ -153,7 +155,7 @@ def _of_csv(path: Path, text: str) -> Latencies:
         except ValueError:
             raise DataError(f"{path}, line {number}: not a number in every column", _TABLE_HELP) from None
         batches[int(cells["batch"])] = {_percent(path, n): v for n, v in cells.items() if n.startswith("p")}
-    return _checked(path, Latencies(path.name, False, batches, None, {}, {}, {}, ()))
+    return _checked(path, Latencies(path.name, False, batches, None, {}, {}, 0, {}, ()))
 
 
 def _percent(path: Path, name: str) -> float:
@@ -199,6 +201,7 @@ def _of_report(path: Path, document: Any) -> Latencies:
             phases=phases,
             streams=streams,
             streams_spread=spread,
+            streams_batch=next((row.batch for row in rows if row.group == "streams"), 0),
             depths={
                 int(row.name.split()[1]): row.back_to_back_ms
                 for row in rows

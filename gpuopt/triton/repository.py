@@ -116,15 +116,16 @@ def write(where: Place, content: Content, replace_config: bool) -> None:
         version = staged / str(where.version)
         _fill(version, content, where)
         if where.model_folder.is_dir() and not changes:
-            publish_folder(version, where.version_folder)
+            publish_folder(version, where.version_folder, replace=False)
             return
         write_text(staged / CONFIG_FILE, content.config)
         for name, data in content.warm_up.items():
             write_bytes(staged / WARM_UP_FOLDER / name, data)
-        if where.model_folder.is_dir():
+        present = where.model_folder.is_dir()
+        if present:
             with storage_errors("read", where.model_folder):
                 _link_rest(where.model_folder, staged)
-        publish_folder(staged, where.model_folder)
+        publish_folder(staged, where.model_folder, replace=present)
 
 
 def add_version(where: Place, content: Content) -> None:
@@ -136,7 +137,7 @@ def add_version(where: Place, content: Content) -> None:
     with scratch_folder(_beside(where.repository), where.repository.name) as scratch:
         version = scratch / str(where.version)
         _fill(version, content, where)
-        publish_folder(version, where.version_folder)
+        publish_folder(version, where.version_folder, replace=False)
 
 
 def _fill(version: Path, content: Content, where: Place) -> None:
@@ -170,7 +171,7 @@ def write_model(folder: Path, config: str) -> None:
         with storage_errors("write", folder):
             (staged / "1").mkdir(parents=True)
         write_text(staged / CONFIG_FILE, config)
-        publish_folder(staged, folder)
+        publish_folder(staged, folder, replace=False)
 
 
 def _changes(where: Place, content: Content) -> str:

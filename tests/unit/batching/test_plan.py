@@ -115,6 +115,7 @@ def test_the_answer_on_a_bench_report(tmp_path: Path) -> None:
     made = answer.report
     assert report.PlanReport.model_validate_json(made.model_dump_json()) == made
     assert made.settings.instances in (2, 4)
+    assert any("was measured at batch 8" in warning for warning in made.warnings)
     assert made.overlap is not None
     assert made.overlap.gain == pytest.approx(2.48 / 2.0)
     assert made.overlap.measured == {1: 1.0, 2: 1.25}
