@@ -9,17 +9,18 @@ loads the repository that `gpuopt triton` writes; ONNX Runtime, one thread, stan
 FP32. A client in a process of its own replays arrivals over gRPC on 127.0.0.1, open loop. Packages are installed into
 an environment of their own.
 
-Calibration, before anything is predicted and on other requests: a server that waits for whole batches gets bursts of
-each batch size, one after the other. Triton's own statistics say how long an instance was busy with a batch of one;
-what the latency of a burst of one has besides, in the mean, is the constant part of a request: gRPC, scheduler,
-wake-ups. The latencies of bursts without it are the service times. Nothing is fitted to the settings that are
-predicted.
+Calibration, before anything is predicted and on other requests: a server that waits for whole batches is kept busy with
+bursts of each batch size, two of them always on their way, and the times between the ends of its batches are the
+service times. Lone requests tell the rest: what their latency has beyond the time that the instance was busy, by
+Triton's own statistics, is the constant part of a request, gRPC and scheduler; what the instance was busy longer than
+in the bursts of one is what a batch takes longer after idleness. Nothing is fitted to the settings that are predicted.
 
-A replay or calibration during which other processes took more than 0.15 of a core is repeated, once, and the
-quieter one counts; what they took, but for niced processes, is in the JSON. --real-time gives server and client
+A replay during which other processes took more than 0.1 of a core is repeated, once, and a calibration four times; the
+quietest one counts; what they took, but for niced processes, is in the JSON. --real-time gives server and client
 the scheduler's real-time class instead, so that other processes only get what these two leave.
 
-Then every setting is served and predicted with the same arrivals. At last the example of max_batch_size 128, preferred
+Then every setting is served and predicted with the same arrivals; it is replayed three times, and the median of its
+percentiles counts. At last the example of max_batch_size 128, preferred
 sizes 8, 16, 32, a delay of 100 ms and ordered responses is compared with the plan for one latency target: the highest
 of a ladder of rates that each holds in the replay.
 
@@ -30,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import functools
 import json
@@ -46,7 +46,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,14 @@ PACKAGES = ("nvidia-pytriton==0.7.0", "onnxruntime", "tritonclient[grpc]")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 ALLOWED = 0.15
-DISTURBED = 0.15
+DISTURBED = 0.1
 TRIES = 2
 LONGEST = 20
 """Seconds of a replay, at most."""
 
-LADDER = (100, 200, 400, 500, 600, 700, 800, 900, 1000)
+LADDER = (100, 200, 400, 600, 800, 1000)
+REPLAYS = 3
+CALIBRATIONS = 5
 TARGET_MS = 100
 NETWORK = """
 import torch
@@ -161,7 +163,7 @@ class Bench:
         self.python = environment / "bin" / "python"
         self.site = next((environment / "lib").glob("python3.*")) / "site-packages"
         self.bundle = folder / "net.gpuopt"
-        self.table = folder / "latencies.csv"
+        self.table = folder / "latencies.json"
         self.constant_ms = 0.0
         self.backends = self._backends()
 
@@ -252,16 +254,16 @@ class Bench:
             time.sleep(0.1)
         raise SystemExit("the server is not ready after a minute")
 
-    def undisturbed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+    def undisturbed(self, work: Callable[[], Any], tries: int = 0) -> tuple[Any, float]:
         """The result of the try in which other processes took least of the CPU, and how many cores that was."""
         best: tuple[Any, float] | None = None
-        for _ in range(self.tries):
+        for _ in range(tries or self.tries):
             before, started = self._foreign_seconds(), time.perf_counter()
             result = work()
             cores = (self._foreign_seconds() - before) / (time.perf_counter() - started)
             if best is None or cores < best[1]:
                 best = result, cores
-            if best[1] <= DISTURBED or self.tries == 1:
+            if best[1] <= DISTURBED or (tries or self.tries) == 1:
                 break
             print(f"disturbed: other processes took {cores:.2f} cores", file=sys.stderr)
         assert best is not None
@@ -300,54 +302,51 @@ class Bench:
 
     def calibrate(self) -> dict[str, Any]:
         """Service times of each batch size, and the constant part of a request."""
-        latencies: dict[int, list[float]] = {}
+        service: dict[int, list[float]] = {}
         disturbed: dict[int, float] = {}
         for size in SIZES:
             whole = ("--max-batch-size", str(size), "--preferred-batch-size", str(size), "--max-queue-delay", "1s")
             with self.server(whole) as (address, _):
                 self._client(address, "bursts", size, 20)
                 count = 300 if size <= 16 else 100
-                (found, busy), cores = self.undisturbed(functools.partial(self._bursts, address, size, count))
-                # The typical response of a burst: the client takes them in one after the other.
-                typical = np.asarray([np.median(times) for times in found["answered"]])
-                latencies[size] = (typical - np.asarray(found["sent"])).tolist()
+                found, cores = self.undisturbed(
+                    functools.partial(self._client, address, "bursts", size, count), CALIBRATIONS
+                )
+                # The client takes the responses of a burst in one after the other: the typical one counts.
+                ends = np.asarray([np.median(times) for times in found["answered"]])
+                service[size] = (np.diff(ends)[3:] * 1000).tolist()
                 disturbed[size] = round(cores, 3)
                 if size == 1:
-                    alone = busy
-        constant = max(0.0, float(np.mean(latencies[1])) - alone)
-        self.constant_ms = constant * 1000
-        service = {size: np.maximum(np.asarray(found) - constant, 1e-4) * 1000 for size, found in latencies.items()}
-        with self.table.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["batch", *(f"p{quantile}_ms" for quantile in QUANTILES)])
-            for size in SIZES:
-                writer.writerow([size, *(f"{value:.4f}" for value in np.percentile(service[size], QUANTILES))])
+                    gaps = json.dumps([0.1 * n for n in range(100)])
+                    before = self._busy_ms()
+                    alone, _ = self.undisturbed(functools.partial(self._client, address, "replay", stdin=gaps))
+                    busy = np.subtract(self._busy_ms(), before)
+        lone = np.subtract(alone["answered"], alone["sent"]) * 1000
+        self.constant_ms = max(0.0, float(np.mean(lone) - busy[0] / busy[1]))
+        after_idle = max(0.0, float(np.median(lone) - np.median(service[1])) - self.constant_ms)
+        batches = {
+            size: {f"p{quantile}": float(np.percentile(service[size], quantile)) for quantile in QUANTILES}
+            for size in SIZES
+        }
+        self.table.write_text(json.dumps({"batches": batches, "after_idle": after_idle, "on_cpu": True}))
         answer = {
             "service_p50_ms": {size: percentile(service[size], 50) for size in SIZES},
             "service_p99_ms": {size: percentile(service[size], 99) for size in SIZES},
             "cores_of_others": disturbed,
-            "lone_p50_ms": percentile(np.asarray(latencies[1]) * 1000, 50),
+            "lone_p50_ms": percentile(lone, 50),
             "constant_ms": round(self.constant_ms, 3),
+            "after_idle_ms": round(after_idle, 3),
         }
         print(answer, file=sys.stderr, flush=True)
         return answer
 
-    def _bursts(self, address: str, size: int, count: int) -> tuple[dict[str, list[Any]], float]:
-        """Bursts, and the mean seconds that the instance was busy with one of them, by Triton's statistics."""
-        before = self._busy_seconds()
-        found = self._client(address, "bursts", size, count)
-        return found, (self._busy_seconds() - before) / count
-
-    def _busy_seconds(self) -> float:
-        """Seconds that the instance has been busy in all."""
+    def _busy_ms(self) -> tuple[float, int]:
+        """Milliseconds that the instance has been busy by Triton's statistics, and batches that it has run."""
         stats = json.loads(get(f"http://127.0.0.1:{self.http}/v2/models/net/stats"))["model_stats"][0]
-        return float(
-            sum(
-                batch[part]["ns"]
-                for batch in stats.get("batch_stats", ())
-                for part in ("compute_input", "compute_infer", "compute_output")
-            )
-            / 1e9
+        parts = ("compute_input", "compute_infer", "compute_output")
+        runs = stats.get("batch_stats", ())
+        return sum(run[part]["ns"] for run in runs for part in parts) / 1e6, sum(
+            run["compute_infer"]["count"] for run in runs
         )
 
     def compare(self, case: Case) -> dict[str, Any]:
@@ -356,38 +355,45 @@ class Bench:
             case.rate, min(self.requests, int(LONGEST * case.rate)), seed=7
         )
         with self.server(case.flags) as (address, model):
-            written = json.dumps(arrivals.tolist())
-            found, cores = self.undisturbed(functools.partial(self._client, address, "replay", stdin=written))
+            replays = [self._replay(address, arrivals) for _ in range(REPLAYS)]
             config, _ = check.read(model)
         settings = settings_of(config) if config.HasField("dynamic_batching") else Settings(1)
         service = latency.read(self.table).service(settings.max_batch_size, self.constant_ms)
         predicted = simulate(arrivals, service, settings)
-        refused = np.asarray(found["refused"])
-        sent, answered = np.asarray(found["sent"]), np.asarray(found["answered"])
-        # From the time at which the request was due: a client that is late must not hide a queue.
-        measured = (answered - arrivals)[~refused] * 1000
         row = {
             **asdict(case),
             "settings": asdict(settings),
-            "measured": {"p50_ms": percentile(measured, 50), "p99_ms": percentile(measured, 99)},
+            "measured": {name: middle(replays, name) for name in ("p50_ms", "p99_ms")},
+            "replays": replays,
             "predicted": {
                 "p50_ms": round(predicted.percentile(50) * 1000, 3),
                 "p99_ms": round(predicted.percentile(99) * 1000, 3),
             },
-            "refused": {"measured": round(float(refused.mean()), 4), "predicted": round(predicted.drop_rate, 4)},
-            "cores_of_others": round(cores, 3),
-            "client_late_p99_ms": percentile((sent - arrivals) * 1000, 99),
+            "refused": {"measured": middle(replays, "refused"), "predicted": round(predicted.drop_rate, 4)},
         }
         row["error"] = {
             name: round(row["predicted"][name] / row["measured"][name] - 1, 4) for name in ("p50_ms", "p99_ms")
         }
         print(
-            f"{case.name}: measured {row['measured']}, predicted {row['predicted']}, refused {row['refused']}, "
-            f"late {row['client_late_p99_ms']}, others {cores:.2f}",
+            f"{case.name}: measured {row['measured']}, predicted {row['predicted']}, refused {row['refused']}",
             file=sys.stderr,
             flush=True,
         )
         return row
+
+    def _replay(self, address: str, arrivals: Any) -> dict[str, float]:
+        """One replay: percentiles of latency, milliseconds, from when a request was due, not from when it was sent."""
+        written = json.dumps(arrivals.tolist())
+        found, cores = self.undisturbed(functools.partial(self._client, address, "replay", stdin=written))
+        refused, sent = np.asarray(found["refused"]), np.asarray(found["sent"])
+        measured = (np.asarray(found["answered"]) - arrivals)[~refused] * 1000
+        return {
+            "p50_ms": percentile(measured, 50),
+            "p99_ms": percentile(measured, 99),
+            "refused": round(float(refused.mean()), 4),
+            "client_late_p99_ms": percentile((sent - arrivals) * 1000, 99),
+            "cores_of_others": round(cores, 3),
+        }
 
     def example(self) -> dict[str, Any]:
         """The example's settings and the plan's, on a ladder of rates: the highest at which p99 holds in the replay."""
@@ -405,11 +411,8 @@ class Bench:
                     arrivals = make_load("poisson", rate, 1.0).arrivals(
                         rate, max(self.requests // 3, 4 * rate), seed=11
                     )
-                    written = json.dumps(arrivals.tolist())
-                    found, cores = self.undisturbed(functools.partial(self._client, address, "replay", stdin=written))
-                    measured = (np.asarray(found["answered"]) - arrivals) * 1000
-                    p50, p99 = percentile(measured, 50), percentile(measured, 99)
-                    rows.append({"rate": rate, "p50_ms": p50, "p99_ms": p99, "cores_of_others": round(cores, 3)})
+                    replays = [self._replay(address, arrivals) for _ in range(REPLAYS)]
+                    rows.append({"rate": rate, **{key: middle(replays, key) for key in ("p50_ms", "p99_ms")}})
                     print(f"{name}: {rows[-1]}", file=sys.stderr)
                     if rows[-1]["p99_ms"] > 3 * TARGET_MS:
                         break
@@ -428,6 +431,11 @@ class Bench:
 
 def make_load(distribution: str, rate: float, burstiness: float) -> load.Load:
     return load.make(rate, distribution, burstiness if distribution == "bursty" else None, None)
+
+
+def middle(replays: Sequence[Mapping[str, float]], name: str) -> float:
+    """The median of the replays: one that the machine held up for a moment is none of it."""
+    return float(np.median([replay[name] for replay in replays]))
 
 
 def percentile(values: Any, percent: float) -> float:
@@ -479,7 +487,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Calibration: a lone request takes {calibration['lone_p50_ms']:.2f} ms, of which "
-        f"{calibration['constant_ms']:.2f} ms are no service time.",
+        f"{calibration['constant_ms']:.2f} ms are on the way and {calibration['after_idle_ms']:.2f} ms due to idleness.",
         "",
         "| batch | " + " | ".join(str(size) for size in calibration["service_p50_ms"]) + " |",
         "| --- |" + " --- |" * len(calibration["service_p50_ms"]),

@@ -1,7 +1,7 @@
 """Load on a Triton server over gRPC on loopback; runs in the environment that has tritonclient.
 
     client.py replay ADDRESS MODEL INPUT SHAPE < arrivals     open loop: requests go out at their times, come what may
-    client.py bursts ADDRESS MODEL INPUT SIZE COUNT SHAPE     closed loop: bursts of requests, one after the other
+    client.py bursts ADDRESS MODEL INPUT SIZE COUNT SHAPE     closed loop: two bursts of requests always on their way
 
 Prints JSON: for each request, or each burst, the seconds of sending and of responses, and whether it was refused. A
 request is one row of fixed numbers, serialised beforehand; responses are not decoded.
@@ -20,7 +20,6 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-PAUSE = 0.003
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -73,25 +72,26 @@ def replay(client: Client, arrivals: list[float]) -> dict[str, list[Any]]:
 
 
 def bursts(client: Client, size: int, count: int) -> dict[str, list[Any]]:
-    """So many times that many requests at once, each burst when the one before has been answered."""
-    sent: list[float] = []
-    answered: list[list[float]] = []
-    for _ in range(count):
-        times: list[float] = []
-        left = threading.Semaphore(0)
+    """So many times that many requests at once, two bursts always on their way."""
+    answered: list[list[float]] = [[] for _ in range(count)]
+    left = [threading.Semaphore(0) for _ in range(count)]
 
-        def done(future: Any, times: list[float] = times, left: threading.Semaphore = left) -> None:
-            times.append(time.perf_counter())
-            left.release()
+    def send(index: int) -> None:
+        def done(future: Any) -> None:
+            answered[index].append(time.perf_counter())
+            left[index].release()
 
         for _ in range(size):
             client.send(done)
-        sent.append(time.perf_counter())
+
+    for index in range(min(2, count)):
+        send(index)
+    for index in range(count):
         for _ in range(size):
-            left.acquire()
-        answered.append(sorted(times))
-        time.sleep(PAUSE)
-    return {"sent": sent, "answered": answered}
+            left[index].acquire()
+        if index + 2 < count:
+            send(index + 2)
+    return {"answered": [sorted(times) for times in answered]}
 
 
 def main() -> None:

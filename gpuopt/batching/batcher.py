@@ -68,11 +68,14 @@ class Service:
         slowdown: factor on the time by the number of instances that are busy, itself included, from 1; further ones as
             the last.
         constant: seconds that every request takes besides, on its way in and out, while no instance is busy with it.
+        after_idle: seconds that a batch takes longer if its instance had nothing to do before: wake-ups, cold caches,
+            clocks.
     """
 
     seconds: Floats
     slowdown: tuple[float, ...] = (1.0,)
     constant: float = 0.0
+    after_idle: float = 0.0
 
     @property
     def largest_batch(self) -> int:
@@ -165,7 +168,7 @@ class _Run:
         self.times: list[list[float]] = service.seconds.tolist()
         slowdown = list(service.slowdown)
         self.slowdown = [1.0, *slowdown, *([slowdown[-1]] * settings.instances)][: settings.instances + 1]
-        self.constant = service.constant
+        self.constant, self.after_idle = service.constant, service.after_idle
         # As many draws as there can be batches; drawn at once.
         draws = np.random.default_rng(seed).integers(0, QUANTILES, min(len(arrivals), 1 << 16) + 1)
         self.draws: list[int] = draws.tolist()
@@ -180,6 +183,7 @@ class _Run:
         self.timer = _NEVER
         self.asleep = 0.0
         self.idle = settings.instances
+        self.idle_since = [-_NEVER] * settings.instances
         self.finishing: list[float] = []
 
         self.served: list[int] = []
@@ -215,6 +219,7 @@ class _Run:
             elif finish <= self.timer:
                 now = heapq.heappop(finishing)
                 self.idle += 1
+                self.idle_since.append(now)
                 if self.waiting:
                     self._start(now)
                     self._form(now)
@@ -338,6 +343,8 @@ class _Run:
         self.idle -= 1
         draw = self.draws[len(self.sizes) % len(self.draws)]
         duration = self.times[size][draw] * self.slowdown[self.instances - self.idle]
+        if self.idle_since.pop() < now:
+            duration += self.after_idle
         heapq.heappush(self.finishing, now + duration)
         self.busy_seconds += duration
         self.served += payload.requests

@@ -47,6 +47,7 @@ class Latencies:
         streams_batch: samples in an inference of theirs; 0: not measured, or not known.
         depths: measured milliseconds an inference with so many in flight, copies and all; empty: not measured.
         warnings: one line each.
+        after_idle: milliseconds that a batch takes longer if its instance had nothing to do before.
     """
 
     origin: str
@@ -58,6 +59,7 @@ class Latencies:
     streams_batch: int
     depths: Mapping[int, float]
     warnings: tuple[str, ...]
+    after_idle: float = 0.0
 
     @property
     def largest_batch(self) -> int:
@@ -88,7 +90,8 @@ class Latencies:
         for batch in range(1, largest_batch + 1):
             known = self.milliseconds(batch)
             rows.append(np.interp(quantiles, list(known), list(known.values())) / 1000)
-        return Service(np.stack(rows), self.slowdown(max(self.streams, default=1)), constant_ms / 1000)
+        slowdown = self.slowdown(max(self.streams, default=1))
+        return Service(np.stack(rows), slowdown, constant_ms / 1000, self.after_idle / 1000)
 
     def slowdown(self, instances: int) -> tuple[float, ...]:
         """Times as long as alone that a batch takes with 1, 2, ... instances at work; 1 if that was not measured."""
@@ -119,12 +122,13 @@ def read(path: Path) -> Latencies:
 
 
 class _Table(BaseModel):
-    """`{"batches": {"1": 2.0, "8": {"p50": 5.0, "p99": 6.0}}, "streams": {"2": 1.4}}`: milliseconds; throughput over
-    that of one instance."""
+    """`{"batches": {"1": 2.0, "8": {"p50": 5.0, "p99": 6.0}}, "streams": {"2": 1.4}, "after_idle": 0.5}`: milliseconds;
+    throughput over that of one instance; milliseconds more after idleness."""
 
     model_config = ConfigDict(extra="forbid")
     batches: dict[int, float | dict[str, float]] = Field(min_length=1)
     streams: dict[int, float] = {}
+    after_idle: float = Field(0.0, ge=0)
     on_cpu: bool = False
 
 
@@ -140,7 +144,7 @@ def _of_table(path: Path, document: Any) -> Latencies:
         for size, times in table.batches.items()
     }
     streams = {1: 1.0, **table.streams} if table.streams else {}
-    return _checked(path, Latencies(path.name, table.on_cpu, batches, None, streams, {}, 0, {}, ()))
+    return _checked(path, Latencies(path.name, table.on_cpu, batches, None, streams, {}, 0, {}, (), table.after_idle))
 
 
 def _of_csv(path: Path, text: str) -> Latencies:

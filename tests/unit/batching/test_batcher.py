@@ -163,3 +163,9 @@ def test_every_request_is_served_once_or_refused(
         assert outcome.refused == 0
         # No request waits for a batch longer than the delay once an instance could take it: the whole run is bounded.
         assert outcome.seconds <= arrivals[-1] - arrivals[0] + 300 * 6 * MS + delay * 1e-6 + 0.001
+
+
+def test_a_batch_after_idleness_takes_longer() -> None:
+    of = Service(service(10, 10).seconds, after_idle=2 * MS)
+    assert latencies([0, 1, 30], of, Settings(1)) == [12, 21, 12]
+    assert latencies([0, 1, 30], of, Settings(1, max_queue_size=9)) == [12, 21, 12]
