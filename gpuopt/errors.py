@@ -128,7 +128,8 @@ class PrecisionError(GpuoptError):
 
 
 class SpeedError(GpuoptError):
-    """INT8 was demanded and is slower than FP16, or the engine misses a limit of latency or throughput."""
+    """INT8 was demanded and is slower than FP16, an engine misses a limit of latency or throughput, or no batching
+    settings hold a load within its target."""
 
     exit_code = 13
     kind = "speed"
@@ -169,6 +170,13 @@ class TimeLimitError(GpuoptError):
     kind = "timeout"
 
 
+class ConfigurationError(GpuoptError):
+    """A Triton model configuration is not one, breaks a rule of Triton's, or disagrees with its engine."""
+
+    exit_code = 19
+    kind = "configuration"
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 KINDS: tuple[type[GpuoptError], ...] = (
@@ -190,6 +198,7 @@ KINDS: tuple[type[GpuoptError], ...] = (
     ComparisonError,
     SignatureError,
     TimeLimitError,
+    ConfigurationError,
 )
 
 

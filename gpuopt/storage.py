@@ -150,22 +150,22 @@ def remove_abandoned(parent: Path, name: str) -> None:
                 abandoned.unlink(missing_ok=True)
 
 
-def publish_folder(staged: Path, destination: Path) -> None:
-    """Make `staged` appear as `destination` in one step, replacing what was there.
+def publish_folder(staged: Path, destination: Path, *, replace: bool = True) -> None:
+    """Make `staged` appear as `destination` in one step, replacing what was there, or refusing to.
 
     Both must lie on one file system. Where the kernel can exchange two names (Linux's
     `renameat2`), a reader never sees the destination missing; elsewhere there is an instant
     between two renames. After return, `staged` does not exist.
 
     Raises:
-        StorageError: the destination cannot be replaced.
+        StorageError: the destination cannot be replaced, or is there and must not be.
     """
     with storage_errors("write", destination):
         sync_tree(staged)
         try:
             staged.rename(destination)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not replace:
                 raise
             if not _exchange(staged, destination):
                 retired = staged.with_name(staged.name + ".old")
