@@ -22,9 +22,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpuopt import time_limit
 from gpuopt.artifact import folder_hashes
-from gpuopt.errors import StorageError, UsageError
-from gpuopt.storage import list_files, publish_folder, scratch_folder, storage_errors, write_json, write_text
+from gpuopt.errors import StorageError, UsageError, one_line
+from gpuopt.storage import (
+    list_files,
+    publish_folder,
+    read_bytes,
+    scratch_folder,
+    storage_errors,
+    write_json,
+    write_text,
+)
 
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.json.minisig"
@@ -68,10 +77,10 @@ def _foreign_files(folder: Path) -> list[str]:
     """Files that no manifest of ours lists: they would be lost if the folder were replaced."""
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        manifest = json.loads(read_bytes(folder / MANIFEST_FILE))
         if "manifest_version" in manifest:
             present -= {MANIFEST_FILE, SIGNATURE_FILE, *manifest["files"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (StorageError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return sorted(present)
 
@@ -87,6 +96,8 @@ def write(destination: Path, files: Mapping[str, Path], documents: Mapping[str, 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old bundle stays whole.
     """
+    # All work is done by then, or the time is up and this is its report.
+    time_limit.lift()
     with scratch_folder(destination.parent, destination.name) as scratch:
         staged = scratch / "bundle"
         with storage_errors("write", destination):
@@ -145,8 +156,7 @@ def read_manifest(folder: Path, public_key: str | None = None) -> dict[str, Any]
         raise StorageError(
             f"{folder} is not a gpuopt bundle: it has no {MANIFEST_FILE}", "Name a folder that 'gpuopt compile' wrote."
         )
-    with storage_errors("read", path):
-        content = path.read_bytes()
+    content = read_bytes(path)
     if public_key is not None:
         from gpuopt import signature
 
@@ -154,12 +164,14 @@ def read_manifest(folder: Path, public_key: str | None = None) -> dict[str, Any]
         signature.verify(content, folder / SIGNATURE_FILE, public_key)
     try:
         manifest: dict[str, Any] = json.loads(content)
-        if not all(isinstance(value, str) for value in dict(manifest["files"]).values()):
+        if not isinstance(manifest["files"], dict):
+            raise ValueError("its files are no mapping")
+        if not all(isinstance(value, str) for value in manifest["files"].values()):
             raise ValueError("a hash is not text")
         if manifest["manifest_version"] != MANIFEST_VERSION:
             raise ValueError(f"manifest version {manifest['manifest_version']}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StorageError(f"{path} cannot be read: {error}", "Copy the bundle again.") from error
+        raise StorageError(f"{path} cannot be read: {one_line(error)}", "Copy the bundle again.") from error
     return manifest
 
 

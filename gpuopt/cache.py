@@ -1,6 +1,6 @@
 """The stage cache: content-addressed, safe for several runs at once, never believed unchecked.
 
-    <cache>/entries/<key>/entry.json     what made it, what it says, the hashes of its files
+    <cache>/entries/<key>/entry.json     what made it, what it says, the hashes of its files; a hash of all that
     <cache>/entries/<key>/<kind>/...     the artifacts
     <cache>/last/<run>.json              the key parts of the last run, for --explain
     <cache>/sources/<source>.json        the files of user code behind a factory or a metric
@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.artifact import Artifact, folder_hashes
-from gpuopt.storage import scratch_folder, sha256_json, storage_errors, sync_tree, write_json
+from gpuopt.storage import remove_abandoned, scratch_folder, sha256_json, storage_errors, sync_tree, write_json
 
 KeyParts = Mapping[str, str]
+
+_SCRATCH = "stage"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Cache:
         """The entry for these key parts, its files hashed anew; None if absent or damaged."""
         folder = self._entry(parts)
         try:
-            record = json.loads((folder / "entry.json").read_text())
+            record = _unsealed((folder / "entry.json").read_text())
+            if record["parts"] != dict(parts):
+                raise ValueError("an entry of another key")
             artifacts = {}
             for kind, expected in record["artifacts"].items():
                 hashes = folder_hashes(folder / kind)
@@ -75,7 +79,7 @@ class Cache:
             if folder.exists():
                 self._discard(folder)
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._discard(folder)
             return None
 
@@ -93,7 +97,7 @@ class Cache:
         hashes = {kind: folder_hashes(staged / kind) for kind in kinds}
         folder = self._entry(parts)
         with storage_errors("write", folder):
-            write_json(staged / "entry.json", {"parts": dict(parts), "artifacts": hashes, **record})
+            write_json(staged / "entry.json", _sealed({"parts": dict(parts), "artifacts": hashes, **record}))
             sync_tree(staged)
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -122,18 +126,22 @@ class Cache:
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A context with a new folder on the cache's file system."""
-        return scratch_folder(self.folder / "scratch", "stage")
+        return scratch_folder(self.folder / "scratch", _SCRATCH)
+
+    def tidy(self) -> None:
+        """Remove what runs that were killed left; those at work are left alone."""
+        remove_abandoned(self.folder / "scratch", _SCRATCH)
 
     def recall(self, shelf: str, name: str) -> Any:
         """A small JSON document kept under `shelf`; None if absent or damaged."""
         try:
-            return json.loads(self._document(shelf, name).read_text())
-        except (OSError, ValueError):
+            return _unsealed(self._document(shelf, name).read_text())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def remember(self, shelf: str, name: str, value: Any) -> None:
         """Keep a small JSON document for `recall`."""
-        write_json(self._document(shelf, name), value)
+        write_json(self._document(shelf, name), _sealed(value))
 
     def clear(self) -> int:
         """Delete every entry and document; gives the number of entries deleted."""
@@ -156,6 +164,23 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(aside / "entry")
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sealed(value: Any) -> dict[str, Any]:
+    """A document with a hash of what it says: a flipped bit is noticed in what is no artifact, too."""
+    return {"sha256": sha256_json(value), "content": value}
+
+
+def _unsealed(text: str) -> Any:
+    """What `_sealed` holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: it is something else, or was damaged.
+    """
+    document = json.loads(text)
+    if document["sha256"] != sha256_json(document["content"]):
+        raise ValueError("the hash does not fit")
+    return document["content"]
 
 
 def explain(before: KeyParts | None, now: KeyParts) -> str:

@@ -66,6 +66,7 @@ class DocumentChoice(str, Enum):
     report = "report"
     bench = "bench"
     profile = "profile"
+    sweep = "sweep"
 
 
 class EqualizeChoice(str, Enum):
@@ -79,6 +80,28 @@ class BiasCorrectionChoice(str, Enum):
     auto = "auto"
     on = "on"
     off = "off"
+
+
+class BackendChoice(str, Enum):
+    tensorrt = "tensorrt"
+    onnxruntime = "onnxruntime"
+    pytorch = "pytorch"
+
+
+class AcceleratorChoice(str, Enum):
+    tensorrt = "tensorrt"
+    cuda = "cuda"
+
+
+class TimeoutActionChoice(str, Enum):
+    reject = "reject"
+    delay = "delay"
+
+
+class DistributionChoice(str, Enum):
+    poisson = "poisson"
+    uniform = "uniform"
+    bursty = "bursty"
 
 
 class DifferenceChoice(str, Enum):
@@ -113,6 +136,11 @@ VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Also show th
 CacheOption = Annotated[
     Path | None,
     typer.Option("--cache-dir", help="Folder of the stage cache. [env: GPUOPT_CACHE_DIR; default: ~/.cache/gpuopt]"),
+]
+
+TimeoutOption = Annotated[
+    str | None,
+    typer.Option("--timeout", metavar="TIME", help="End after this long, as 90s, 15m or 2h, with the exit code 18."),
 ]
 
 ModelArgument = Annotated[
@@ -394,6 +422,7 @@ def compile(  # noqa: A001 - the command's name
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; do nothing.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each stage ran or did not, on stderr.")] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -401,7 +430,7 @@ def compile(  # noqa: A001 - the command's name
     verbose: VerboseFlag = False,
 ) -> None:
     """Compile a model: export, quantize, build engines, verify, report."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
 
     flags = request.Flags(
         model=model,
@@ -465,7 +494,7 @@ def compile(  # noqa: A001 - the command's name
         return
     from gpuopt.compile import compile_model
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -505,13 +534,14 @@ def quantize(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print for every node: INT8 or floating point, and why.")
     ] = False,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Quantize a model to ONNX with Q/DQ and say why; no engines are built."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.quantize import quantize_model
     from gpuopt.report import placement
 
@@ -543,7 +573,7 @@ def quantize(
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
     if as_json:
         import json
@@ -590,13 +620,14 @@ def analyze(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg, .png or .html.")
     ] = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Show which layers cost accuracy in INT8, each quantized alone."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.analysis import analyze_model, write
     from gpuopt.report import plot as plotting
 
@@ -629,7 +660,7 @@ def analyze(
     )
     if plot is not None:
         plotting.check(plot)
-    with request.open_cache(cache_dir, no_cache) as store:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
@@ -649,6 +680,7 @@ def build(
         ),
     ] = None,
     public_key: PublicKeyOption = None,
+    timeout: TimeoutOption = None,
     cache_dir: CacheOption = None,
     no_cache: NoCacheFlag = False,
     as_json: JsonFlag = False,
@@ -656,10 +688,10 @@ def build(
     verbose: VerboseFlag = False,
 ) -> None:
     """Build a bundle's engine for this machine and prove it; needs no PyTorch."""
-    from gpuopt import request
+    from gpuopt import request, time_limit
     from gpuopt.rebuild import build_bundle
 
-    with request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
         outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -956,6 +988,315 @@ def compare(
         _answer(command.document(answer.comparison))
     elif not quiet:
         typer.echo(render.terminal(answer.comparison))
+    if answer.error is not None:
+        raise answer.error
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file: models, precisions, targets and batch sizes.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder or URL for bundles, table and plot. [default: the file's]"),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="At a time, here. [default: half of the cores]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="The most that one combination may take, as 8GiB.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="On a Ray cluster: its address, auto, or local for a new one."),
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option("--retries", min=0, help="For a task whose worker on Ray was lost. [default: 2]")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="For each combination, as 90s, 15m or 2h.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations; do nothing.")] = False,
+    cache_dir: CacheOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compile many models, precisions, targets and batch sizes; one table and plot."""
+    from gpuopt import request
+    from gpuopt.sweep import command, render
+
+    request.duration(timeout)
+    asked = command.Request(
+        file, output, processes, request.memory(memory), retries, ray, timeout, cache_dir
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(command.describe(command.planned(asked), as_json), nl=False)
+        return
+    outcome = command.sweep(asked, sys.argv, _progress(quiet))
+    if as_json:
+        _answer(outcome.report.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(render.terminal(outcome.report))
+    if outcome.error is not None:
+        raise outcome.error
+
+
+@app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Model repository, new or not.")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="PATH", help="Compare this config.pbtxt or model folder; write nothing."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the model. [default: the bundle's]")] = None,
+    version: Annotated[int | None, typer.Option("--version", min=1, help="[default: the next one]")] = None,
+    backend: Annotated[
+        BackendChoice | None, typer.Option("--backend", help="[default: tensorrt with an engine, else onnxruntime]")
+    ] = None,
+    torchscript: Annotated[
+        Path | None, typer.Option("--torchscript", metavar="FILE", help="The original model, for --backend pytorch.")
+    ] = None,
+    keep_config: Annotated[
+        bool, typer.Option("--keep-config", help="Of a model that is there: add the version, check it, leave it.")
+    ] = False,
+    replace_config: Annotated[
+        bool, typer.Option("--replace-config", help="Of a model that is there: write it anew.")
+    ] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Batcher and instances of 'gpuopt plan-batching'.")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option("--max-batch-size", min=0, help="[default: the profiles' largest]")
+    ] = None,
+    preferred_batch_size: Annotated[
+        str | None, typer.Option("--preferred-batch-size", metavar="N,N,...", help="[default: none]")
+    ] = None,
+    max_queue_delay: Annotated[
+        str | None, typer.Option("--max-queue-delay", metavar="TIME", help="As 100ms or 500us. [default: 0]")
+    ] = None,
+    preserve_ordering: Annotated[
+        bool, typer.Option("--preserve-ordering", help="Responses in the order of requests.")
+    ] = False,
+    priority_levels: Annotated[int, typer.Option("--priority-levels", min=0, help="1 is served first.")] = 0,
+    default_priority_level: Annotated[int, typer.Option("--default-priority-level", min=0)] = 0,
+    max_queue_size: Annotated[
+        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+    ] = None,
+    queue_timeout: Annotated[
+        str | None, typer.Option("--queue-timeout", metavar="TIME", help="Of a request that waits.")
+    ] = None,
+    timeout_action: Annotated[TimeoutActionChoice | None, typer.Option("--timeout-action")] = None,
+    allow_timeout_override: Annotated[
+        bool, typer.Option("--allow-timeout-override", help="Requests may shorten it.")
+    ] = False,
+    priority_queue: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--priority-queue",
+            metavar="LEVEL:POLICY",
+            help="As 2:size=100,timeout=50ms,action=delay,override; repeatable.",
+        ),
+    ] = None,
+    no_dynamic_batching: Annotated[
+        bool, typer.Option("--no-dynamic-batching", help="Requests are served singly.")
+    ] = False,
+    instances: Annotated[
+        list[str] | None,
+        typer.Option("--instances", metavar="KIND:COUNT[:GPU,...]", help="As gpu:2:0,1 or cpu:4; repeatable."),
+    ] = None,
+    engine_for: Annotated[
+        list[str] | None,
+        typer.Option("--engine-for", metavar="[X.Y=]BUNDLE", help="Engine for another kind of GPU; repeatable."),
+    ] = None,
+    accelerator: Annotated[
+        list[AcceleratorChoice] | None, typer.Option("--accelerator", help="Of ONNX Runtime; repeatable.")
+    ] = None,
+    accelerator_parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accelerator-parameter", metavar="NAME:KEY=VALUE", help="As tensorrt:precision_mode=FP16; repeatable."
+        ),
+    ] = None,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Of an engine.")] = False,
+    pinned_memory: Annotated[
+        bool | None, typer.Option("--pinned-memory/--no-pinned-memory", help="[default: Triton's, which is on]")
+    ] = None,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Requests from the reference's inputs before it is ready.")
+    ] = False,
+    version_policy: Annotated[
+        str | None, typer.Option("--version-policy", metavar="POLICY", help="all, latest:N or specific:N,N.")
+    ] = None,
+    response_cache: Annotated[bool, typer.Option("--response-cache")] = False,
+    metric_tag: Annotated[
+        list[str] | None, typer.Option("--metric-tag", metavar="KEY=VALUE", help="On its metrics; repeatable.")
+    ] = None,
+    latency_buckets: Annotated[
+        str | None, typer.Option("--latency-buckets", metavar="MS,MS,...", help="Of the histogram of first responses.")
+    ] = None,
+    merge: Annotated[
+        Path | None, typer.Option("--merge", metavar="FILE", help="Fields of a config.pbtxt, laid over the rest.")
+    ] = None,
+    ensemble: Annotated[
+        str | None, typer.Option("--ensemble", metavar="NAME", help="Write this pipeline around the model, too.")
+    ] = None,
+    before: Annotated[
+        list[str] | None, typer.Option("--before", metavar="MODEL", help="Step of the repository; repeatable.")
+    ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option("--after", metavar="MODEL", help="Step of the repository; repeatable.")
+    ] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="MODEL.OUTPUT=MODEL.INPUT", help="Where names differ; repeatable."),
+    ] = None,
+    public_key: PublicKeyOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Write a bundle into a Triton model repository, or check a configuration against it."""
+    from gpuopt.triton import command, flags, render
+
+    chosen_backend = flags.backend(_value(backend))
+    if check is not None:
+        flags.check_alone(output)
+        answer = command.check_config(bundle, check, chosen_backend, torchscript, sys.argv)
+        if as_json:
+            _answer(answer.model_dump_json(indent=2))
+        elif not quiet:
+            typer.echo(render.checked(answer))
+        if (problem := command.failure(answer)) is not None:
+            raise problem
+        return
+    batching = flags.Batching(
+        max_batch_size=max_batch_size,
+        preferred_batch_size=preferred_batch_size,
+        max_queue_delay=max_queue_delay,
+        preserve_ordering=preserve_ordering,
+        priority_levels=priority_levels,
+        default_priority_level=default_priority_level,
+        max_queue_size=max_queue_size,
+        queue_timeout=queue_timeout,
+        timeout_action=_value(timeout_action),
+        allow_timeout_override=allow_timeout_override,
+        priority_queue=tuple(priority_queue or ()),
+        disabled=no_dynamic_batching,
+    )
+    running = flags.Running(
+        instances=tuple(instances or ()),
+        engine_for=tuple(engine_for or ()),
+        accelerator=tuple(choice.value for choice in accelerator or ()),
+        accelerator_parameter=tuple(accelerator_parameter or ()),
+        cuda_graphs=cuda_graphs,
+        pinned_memory=pinned_memory,
+        warm_up=warm_up,
+        version_policy=version_policy or "",
+        response_cache=response_cache,
+        metric_tag=tuple(metric_tag or ()),
+        latency_buckets=latency_buckets,
+        merge=merge,
+    )
+    asked = command.Request(
+        bundle=bundle,
+        repository=flags.repository(output),
+        name=name or "",
+        version=version,
+        backend=chosen_backend,
+        torchscript=torchscript,
+        options=flags.options(batching, running, plan),
+        existing=flags.existing(keep_config, replace_config),
+        ensemble=flags.ensemble(ensemble, before or [], after or [], mapping or []),
+        public_key=public_key,
+    )
+    written = command.write(asked, sys.argv)
+    for warning in written.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _answer(written.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(render.written(written))
+
+
+@app.command("plan-batching")
+def plan_batching(
+    latencies: Annotated[
+        Path, typer.Argument(help="Report of 'gpuopt bench --output', or a CSV or JSON table of batch latencies.")
+    ],
+    target: Annotated[
+        str, typer.Option("--target", metavar="PERCENTILE=TIME", help="From arrival to response, as p99=20ms.")
+    ],
+    rate: Annotated[float | None, typer.Option("--rate", min=0.001, help="Requests a second.")] = None,
+    distribution: Annotated[
+        DistributionChoice | None, typer.Option("--distribution", help="Of their gaps. [default: poisson]")
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option("--burstiness", min=0.1, max=20, help="Deviation over mean of the gaps, if bursty. [default: 3]"),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="CSV of arrivals in seconds, instead of --rate.")
+    ] = None,
+    instances: Annotated[
+        int | None, typer.Option("--instances", min=1, help="[default: as many as pay by the report's streams]")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option("--max-batch-size", min=1, help="[default: what carries most]")
+    ] = None,
+    preferred_batch_size: Annotated[
+        str | None, typer.Option("--preferred-batch-size", metavar="N,N,...", help="[default: what carries most]")
+    ] = None,
+    max_queue_delay: Annotated[
+        str | None, typer.Option("--max-queue-delay", metavar="TIME", help="[default: what carries most]")
+    ] = None,
+    preserve_ordering: Annotated[
+        bool, typer.Option("--preserve-ordering", help="Responses in the order of requests.")
+    ] = False,
+    max_queue_size: Annotated[
+        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+    ] = None,
+    queue_timeout: Annotated[
+        str | None, typer.Option("--queue-timeout", metavar="TIME", help="A request that waits longer is refused.")
+    ] = None,
+    max_drop: Annotated[
+        str, typer.Option("--max-drop", metavar="SHARE", help="Requests that may be refused, as 0.1%.")
+    ] = "0",
+    overhead: Annotated[
+        str | None, typer.Option("--overhead", metavar="TIME", help="Of every request besides, as the network's.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="Predict this config.pbtxt beside the plan.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, too: .svg or .png.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON, too.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Choose Triton's batching settings for a load and a latency target, by simulation."""
+    from gpuopt.batching import command, flags, report
+    from gpuopt.batching import plot as plotting
+
+    if plot is not None:
+        plotting.check(plot)
+    asked = flags.request(
+        latencies,
+        flags.Load(rate, _value(distribution), burstiness, trace),
+        flags.Goal(target, max_drop, overhead, against),
+        flags.Settings(
+            instances, max_batch_size, preferred_batch_size, max_queue_delay, preserve_ordering, max_queue_size,
+            queue_timeout,
+        ),
+    )  # fmt: skip
+    answer = command.make(asked, sys.argv, _progress(quiet))
+    if output is not None:
+        command.write(answer.report, output)
+    if plot is not None:
+        plotting.save(answer.report, plot)
+    for warning in answer.report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _answer(answer.report.model_dump_json(indent=2))
+    elif not quiet:
+        typer.echo(report.render(answer.report))
     if answer.error is not None:
         raise answer.error
 

@@ -52,8 +52,9 @@ from gpuopt.report.model import (
     ModelReport,
     Report,
     StageReport,
+    read_report,
 )
-from gpuopt.storage import sha256_file, storage_errors
+from gpuopt.storage import sha256_file
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,7 @@ def verify_bundle(
     unchecked = [f"verify.min_precision_coverage was not checked here: {unproved}"] if unproved else []
     for warning in unchecked:
         progress.warn(warning)
-    with storage_errors("read", folder / bundle.REPORT_FILE):
-        before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
+    before = read_report(folder / bundle.REPORT_FILE)
     seconds = time.monotonic() - started
     stage = StageReport(
         name="verify", target=None, cached=False, reason="asked for", seconds=round(seconds, 3), facts=result

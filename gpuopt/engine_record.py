@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gpuopt.errors import EngineError
 from gpuopt.shapes import Profile, ShapeRange, TensorSpec, format_shape, parse_shape
-from gpuopt.storage import storage_errors, write_text
+from gpuopt.storage import read_bytes, write_text
 
 
 class _Part(BaseModel):
@@ -136,8 +136,7 @@ def read(engine: Path) -> EngineRecord:
             "Copy both files, or build the engine with gpuopt.",
         )
     try:
-        with storage_errors("read", path):
-            return EngineRecord.model_validate_json(path.read_bytes())
+        return EngineRecord.model_validate_json(read_bytes(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

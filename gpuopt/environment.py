@@ -52,6 +52,8 @@ _INSTALL = {
     "cuda.bindings": "pip install 'gpuopt[cuda]'",
     "pynvml": "pip install nvidia-ml-py",
     "minisign": "pip install 'gpuopt[sign]'",
+    "ray": "pip install 'gpuopt[ray]'",
+    "fsspec": "pip install 'gpuopt[ray]'",
 }
 
 

@@ -128,7 +128,8 @@ class PrecisionError(GpuoptError):
 
 
 class SpeedError(GpuoptError):
-    """INT8 was demanded and is slower than FP16, or the engine misses a limit of latency or throughput."""
+    """INT8 was demanded and is slower than FP16, an engine misses a limit of latency or throughput, or no batching
+    settings hold a load within its target."""
 
     exit_code = 13
     kind = "speed"
@@ -162,6 +163,20 @@ class SignatureError(GpuoptError):
     kind = "signature"
 
 
+class TimeLimitError(GpuoptError):
+    """The command took longer than `--timeout` lets it."""
+
+    exit_code = 18
+    kind = "timeout"
+
+
+class ConfigurationError(GpuoptError):
+    """A Triton model configuration is not one, breaks a rule of Triton's, or disagrees with its engine."""
+
+    exit_code = 19
+    kind = "configuration"
+
+
 class ReductionError(GpuoptError):
     """`gpuopt reduce`: there is nothing to reduce: it does not fail here, or does not differ."""
 
@@ -189,6 +204,8 @@ KINDS: tuple[type[GpuoptError], ...] = (
     RegressionError,
     ComparisonError,
     SignatureError,
+    TimeLimitError,
+    ConfigurationError,
     ReductionError,
 )
 

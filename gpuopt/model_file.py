@@ -43,6 +43,8 @@ _TORCH_PICKLES = 5
 
 _MAX_PICKLE_BYTES = 64 << 20
 _MAX_CHECKED_BYTES = 256 << 20
+_SMALL_BYTES, _MOST_FACTOR = 64 << 20, 8
+"""An archive that unpacks to more than both is a bomb."""
 _MAX_SAFETENSORS_HEADER = 100 << 20
 _UNREADABLE = "? unreadable"
 _DAMAGED_ZIP = (
@@ -152,6 +154,9 @@ def _detect_zip(path: Path) -> ModelKind:
                 raise ValueError("its table of contents is missing")
             if min((info.header_offset for info in archive.infolist()), default=0):
                 raise zipfile.BadZipFile("it ends with an archive that lay inside it")
+            unpacked = sum(info.file_size for info in archive.infolist())
+            if unpacked > max(_SMALL_BYTES, _MOST_FACTOR * path.stat().st_size):
+                raise ValueError(f"it unpacks to {unpacked >> 20} MiB, and torch compresses nothing")
             names = [name.partition("/")[2] or name for name in archive.namelist()]
             if "archive_format" in names or "serialized_exported_program.json" in names:
                 return ModelKind.EXPORTED_PROGRAM

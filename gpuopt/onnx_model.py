@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
-from gpuopt.errors import ModelError
+from gpuopt.errors import ModelError, one_line
 from gpuopt.shapes import DTYPES, TensorSpec
 
 IR_VERSION = 10
@@ -22,6 +22,9 @@ IR_VERSION = 10
 
 _MOST_VALUES_OF_A_SHAPE = 64
 _MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
+
+_INFERENCE_ERRORS = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, MemoryError)
+"""Beside its own error, onnx hands out those of the C++ library: `vector::reserve` for a size of 2^62, say."""
 
 
 def load(folder: Path) -> onnx.ModelProto:
@@ -41,33 +44,38 @@ def load_untrusted(path: Path) -> onnx.ModelProto:
     except (DecodeError, ValueError) as error:
         raise ModelError(f"{path} is not a whole ONNX file: {error}", "Save or download the model again.") from error
     folder = path.parent.resolve()
-    for tensor in _external_tensors(model):
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        data = (folder / location.partition("\0")[0]).resolve()
-        if not location or "\0" in location or not data.is_relative_to(folder):
-            raise ModelError(
-                f"{path}: external data '{location}' of '{tensor.name}' leaves the model's folder",
-                "Store the weights beside the model.",
-            )
-        if not data.is_file():
-            raise ModelError(
-                f"{path}: external data '{location}' is missing", "Copy the weights file beside the model."
-            )
     try:
+        for tensor in _external_tensors(model):
+            _check_external(tensor, path, folder)
         onnx.load_external_data_for_model(model, str(folder))
-    except (onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: external data cannot be read: {error}", "Save the model again.") from error
+    except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError, OSError) as error:
+        # A name that is too long or no text, and offsets beyond the file.
+        raise ModelError(f"{path}: external data cannot be read: {one_line(error)}", "Save the model again.") from error
     return model
+
+
+def _check_external(tensor: TensorProto, path: Path, folder: Path) -> None:
+    location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+    data = (folder / location.partition("\0")[0]).resolve()
+    if not location or "\0" in location or not data.is_relative_to(folder):
+        raise ModelError(
+            f"{path}: external data '{location[:100]}' of '{tensor.name}' leaves the model's folder",
+            "Store the weights beside the model.",
+        )
+    if not data.is_file():
+        raise ModelError(
+            f"{path}: external data '{location[:100]}' is missing", "Copy the weights file beside the model."
+        )
 
 
 def external_files(path: Path) -> list[Path]:
     """Files beside an ONNX file that hold its external data, sorted; none if it cannot be read."""
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError):
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+        names = {e.value for t in _external_tensors(model) for e in t.external_data if e.key == "location"}
+        return sorted(p for p in (path.parent / name for name in names) if p.is_file())
+    except (DecodeError, ValueError, TypeError, OSError):
         return []
-    names = {e.value for t in _external_tensors(model) for e in t.external_data if e.key == "location"}
-    return sorted(p for p in (path.parent / name for name in names) if p.is_file())
 
 
 def _external_tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
@@ -137,9 +145,13 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         int(dim.dim_value) if dim.dim_value > 0 else (dim.dim_param or f"dim{axis}")
         for axis, dim in enumerate(tensor.shape.dim)
     )
-    dtype = str(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    try:
+        dtype = str(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    except KeyError:
+        dtype = ""
     if dtype not in DTYPES:
-        name = TensorProto.DataType.Name(tensor.elem_type)
+        known = tensor.elem_type in TensorProto.DataType.values()
+        name = TensorProto.DataType.Name(tensor.elem_type) if known else f"number {tensor.elem_type}"
         raise ModelError(
             f"'{value.name}' is of the type {name}", f"gpuopt takes {', '.join(DTYPES)} as inputs and outputs."
         )
@@ -303,13 +315,22 @@ def sort_topologically(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_types(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the type and shape of every tensor inferred where onnx can."""
+    """The model with the type and shape of every tensor inferred where onnx can.
+
+    Raises:
+        ModelError: what the graph states contradicts itself.
+    """
     if model.ByteSize() > _MAX_PROTOBUF_BYTES:
         return model
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        return onnx.shape_inference.infer_shapes(model)
+    except _INFERENCE_ERRORS:
+        try:
+            return onnx.shape_inference.infer_shapes(model)
+        except _INFERENCE_ERRORS as error:
+            raise ModelError(
+                f"the types and shapes of the graph contradict each other: {one_line(error)}", "Export the model again."
+            ) from error
 
 
 def watching(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -385,7 +406,7 @@ def _inferred_without_weights(model: onnx.ModelProto, inputs: Mapping[str, tuple
     small.ir_version = model.ir_version
     try:
         return onnx.shape_inference.infer_shapes(small, data_prop=True).graph
-    except onnx.shape_inference.InferenceError:
+    except _INFERENCE_ERRORS:
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpuopt
-from gpuopt import environment
+from gpuopt import environment, time_limit
 from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
 from gpuopt.errors import DataError, GpuoptError, PrecisionError, StorageError, UsageError
@@ -274,6 +275,7 @@ class Runner:
         Raises:
             GpuoptError: of the step that failed; `at_work` names it.
         """
+        self.cache.tidy()
         try:
             with Worker() as worker:
                 steps = [step for step in plan(self.recipe, until) if only is None or step.stage.name in only]
@@ -288,7 +290,9 @@ class Runner:
             self.at_work = None
         finally:
             if self._key_parts:
-                self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
+                # For --explain alone: no reason for a run to fail, on a cache that cannot be written for one.
+                with contextlib.suppress(StorageError):
+                    self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
 
     def adopt(self, kind: str, folder: Path) -> None:
         """Take a folder as an artifact that an earlier stage made."""
@@ -364,6 +368,7 @@ class Runner:
             target=step.target,
             journal=self.cache.journal(parts) if parts is not None else None,
             cache_folder=self.cache.folder,
+            deadline=time_limit.ends(),
         )
 
     def _inputs(self, step: Step) -> dict[str, Artifact]:

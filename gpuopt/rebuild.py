@@ -45,7 +45,7 @@ from gpuopt.provenance.origin import (
 )
 from gpuopt.recipe import Recipe, load, parse_setting, resolve, set_value
 from gpuopt.report.documents import documents
-from gpuopt.report.model import Report
+from gpuopt.report.model import Report, read_report
 from gpuopt.storage import storage_errors
 
 _STAGES = ("build", "prove", "benchmark")
@@ -79,8 +79,7 @@ def build_bundle(
     """
     started = time.monotonic()
     manifest = bundle.open_bundle(folder, public_key)
-    with storage_errors("read", folder):
-        before = Report.model_validate_json((folder / bundle.REPORT_FILE).read_text())
+    before = read_report(folder / bundle.REPORT_FILE)
     recipe = _recipe(folder, target, settings)
     engine = recipe.build.target[0]
     environment.check_targets([engine])
@@ -183,8 +182,9 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
                 "Compile again for the other graph.",
             )
         set_value(tree, key, value)
-    if tree.get("build", {}).get("plugins") and not any(text.startswith("build.plugins") for text in settings):
-        named = ", ".join(map(str, tree["build"]["plugins"]))
+    plugins = resolve(tree).build.plugins
+    if plugins and not any(text.startswith("build.plugins") for text in settings):
+        named = ", ".join(plugins)
         raise UsageError(
             f"the bundle's recipe names plugin libraries, whose code would run: {named}",
             "If you trust them, name them again: --set 'build.plugins=[FILE, ...]'.",

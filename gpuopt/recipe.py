@@ -610,8 +610,8 @@ def load(path: Path) -> dict[str, Any]:
         StorageError: the file cannot be read.
         UsageError: it is not YAML, too large, or not a mapping.
     """
-    with storage_errors("read", path):
-        data = path.read_bytes()[: MAX_RECIPE_BYTES + 1]
+    with storage_errors("read", path), path.open("rb") as stream:
+        data = stream.read(MAX_RECIPE_BYTES + 1)
     if len(data) > MAX_RECIPE_BYTES:
         raise UsageError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes", "A recipe is a short YAML file.")
     try:

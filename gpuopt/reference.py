@@ -10,6 +10,8 @@ else seeded random values.
 from __future__ import annotations
 
 import json
+import math
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +21,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuopt.errors import DataError, StorageError, UsageError
+from gpuopt.errors import DataError, StorageError, UsageError, one_line
 from gpuopt.shapes import Corner, Profile, Shape, ShapeRange, TensorSpec, corners, format_shape, parse_shape
-from gpuopt.storage import write_json
+from gpuopt.storage import read_bytes, write_json
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 Forward = Callable[[Feed], Sequence[Array]]
+_CORNER_NAME = re.compile(r"[\w-]{1,100}", re.ASCII)
+_MOST_BYTES = 4 << 30
+"""Of all inputs at one corner: a graph can declare any size."""
+
 ValueRanges = Mapping[str, tuple[float, float]]
 
 
@@ -59,8 +65,25 @@ class Reference:
         return self._arrays(corner, "output:")
 
     def _arrays(self, corner: Corner, prefix: str) -> dict[str, Array]:
-        with np.load(self.folder / f"{corner.name}.npz", allow_pickle=False) as archive:
-            return {key.removeprefix(prefix): archive[key] for key in archive.files if key.startswith(prefix)}
+        from gpuopt.calibration.readers import npy
+
+        path = self.folder / f"{corner.name}.npz"
+        arrays = {}
+        try:
+            with npy.open_archive(path, str(path)) as archive:
+                for key, info in npy.members(archive, str(path)).items():
+                    # `save_arrays` compresses nothing: what unpacks to more than it is was not written by it.
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        raise DataError(f"array '{key}' is compressed")
+                    if key.startswith(prefix):
+                        with npy.open_member(archive, info, f"array '{key}' of {path}") as stream:
+                            array = npy.read_whole(stream, info.file_size, None, f"array '{key}' of {path}")
+                        arrays[key.removeprefix(prefix)] = array
+        except (OSError, DataError) as error:
+            raise StorageError(
+                f"the reference {path} cannot be read: {one_line(error)}", "The bundle is damaged: compile again."
+            ) from error
+        return arrays
 
 
 def make_feed(
@@ -77,9 +100,18 @@ def make_feed(
 
     Raises:
         DataError: a sample has another number of dimensions than its input, or no values.
+        UsageError: the shapes are too large to be verified.
     """
     generator = np.random.default_rng(seed)
     feed = {}
+    inputs = list(inputs)
+    size = sum(math.prod(corner.shapes[spec.name]) * np.dtype(spec.dtype).itemsize for spec in inputs)
+    if size > _MOST_BYTES:
+        shown = ", ".join(f"{spec.name} {format_shape(corner.shapes[spec.name])}" for spec in inputs[:3])
+        raise UsageError(
+            f"the inputs of one inference would take {size / (1 << 30):.1f} GiB: {shown}",
+            f"At most {_MOST_BYTES >> 30} GiB can be verified: give smaller shapes with --input or --max-shapes.",
+        )
     for spec in inputs:
         shape = corner.shapes[spec.name]
         found = [sample[spec.name] for sample in samples if spec.name in sample]
@@ -290,7 +322,7 @@ def load(folder: Path) -> Reference:
         StorageError: `reference.json` is missing or damaged.
     """
     try:
-        record = json.loads((folder / "reference.json").read_text())
+        record = json.loads(read_bytes(folder / "reference.json"))
         return Reference(
             folder=folder,
             origin=record["origin"],
@@ -304,15 +336,31 @@ def load(folder: Path) -> Reference:
                 for profile in record["profiles"]
             ),
             corners=tuple(
-                Corner(entry["name"], {n: parse_shape(s) for n, s in entry["shapes"].items()})
+                Corner(_corner_name(entry["name"]), {n: parse_shape(s) for n, s in entry["shapes"].items()})
                 for entry in record["corners"]
             ),
             batched_outputs=tuple(record["batched_outputs"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UsageError,
+        StorageError,
+    ) as error:
         raise StorageError(
-            f"the reference in {folder} cannot be read: {error}", "The bundle is damaged: compile again."
+            f"the reference in {folder} cannot be read: {one_line(error)}", "The bundle is damaged: compile again."
         ) from error
+
+
+def _corner_name(name: Any) -> str:
+    """It is the name of a file, too, and stays in its folder."""
+    if not isinstance(name, str) or not _CORNER_NAME.fullmatch(name):
+        raise ValueError(f"a corner called {str(name)[:40]!r}")
+    return name
 
 
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gpuopt import environment
 from gpuopt.cache import Cache, default_folder
 from gpuopt.errors import UsageError
-from gpuopt.recipe import AUTO, FACTORY_PATTERN, Recipe, load, parse_setting, resolve, set_value
+from gpuopt.recipe import AUTO, FACTORY_PATTERN, MemorySize, Recipe, load, parse_setting, resolve, set_value
 from gpuopt.shapes import format_shape, parse_input, parse_named_shapes
 from gpuopt.storage import list_files
 
 if TYPE_CHECKING:
     from gpuopt.pipeline import Step
+
+
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", re.ASCII)
+_SECONDS_OF = {"": 1, "s": 1, "m": 60, "h": 3600}
+_LONGEST = 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,35 @@ def sizes(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def duration(text: str | None) -> float | None:
+    """Seconds of `90`, `90s`, `15m` or `2h`; None stays None.
+
+    Raises:
+        UsageError: it is no time, or none at all.
+    """
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS_OF[match[2]] if match else 0.0
+    if not 0 < seconds <= _LONGEST:
+        raise UsageError(f"'{text}' is not a time", "Write seconds, or a number with a unit: 90s, 15m, 2h.")
+    return seconds
+
+
+def memory(text: str | None) -> int | None:
+    """Bytes of `8GiB`; None stays None.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(MemorySize).validate_python(text)
+    except ValidationError as error:
+        raise UsageError(f"'{text}' is not a size of memory", "Write a number with a unit: 8GiB, 500MiB.") from error
+
+
 def check_trace(subject: Path, path: Path) -> None:
     """Refuse before the profile what no trace can be taken of, or into.
 
@@ -230,7 +267,7 @@ def open_cache(folder: Path | None, discard: bool) -> Iterator[Cache]:
 
 
 def schema(document: str) -> str:
-    """The JSON Schema of `report`, `bench` or `profile`."""
+    """The JSON Schema of `report`, `bench`, `profile` or `sweep`."""
     from gpuopt.report.schema import rendered
 
     return rendered(document)

@@ -69,6 +69,19 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
+def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
+    """A file that is read whole, since it is small.
+
+    Raises:
+        StorageError: it cannot be read, or has more than `most` bytes.
+    """
+    with storage_errors("read", path), path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise StorageError(f"{path} has more than {most >> 20} MiB, too many for what it is", "Copy it again.")
+    return content
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of text in UTF-8."""
     write_bytes(path, text.encode())
@@ -77,12 +90,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step: a reader sees the old or the new whole.
 
+    What processes that were killed on this machine left of an earlier try is removed.
+
     Raises:
         StorageError: the folder cannot be written or the disk is full.
     """
     with storage_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        prefix = _without_abandoned(path.parent, path.name)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as stream:
@@ -107,14 +123,9 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
     Folders of the same name whose process was killed on this machine are removed first.
     """
-    prefix = f".{name}.{socket.gethostname()}"
     with storage_errors("write in", parent):
         parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in parent.glob(f"{glob.escape(prefix)}.*"):
-            owner = abandoned.name.removeprefix(prefix).split(".")[1]
-            if owner.isdigit() and not _is_running(int(owner)):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{prefix}.{os.getpid()}."))
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=_without_abandoned(parent, name)))
         folder.chmod(0o755)
     try:
         yield folder
@@ -122,22 +133,39 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish_folder(staged: Path, destination: Path) -> None:
-    """Make `staged` appear as `destination` in one step, replacing what was there.
+def _without_abandoned(parent: Path, name: str) -> str:
+    """How this process's temporary names for `name` begin, once those of processes that are gone are removed."""
+    remove_abandoned(parent, name)
+    return f".{name}.{socket.gethostname()}.{os.getpid()}."
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Remove the temporary files and folders for `name` of processes of this machine that are gone."""
+    prefix = f".{name}.{socket.gethostname()}"
+    for abandoned in parent.glob(f"{glob.escape(prefix)}.*"):
+        owner = abandoned.name.removeprefix(prefix).split(".")[1]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(abandoned, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                abandoned.unlink(missing_ok=True)
+
+
+def publish_folder(staged: Path, destination: Path, *, replace: bool = True) -> None:
+    """Make `staged` appear as `destination` in one step, replacing what was there, or refusing to.
 
     Both must lie on one file system. Where the kernel can exchange two names (Linux's
     `renameat2`), a reader never sees the destination missing; elsewhere there is an instant
     between two renames. After return, `staged` does not exist.
 
     Raises:
-        StorageError: the destination cannot be replaced.
+        StorageError: the destination cannot be replaced, or is there and must not be.
     """
     with storage_errors("write", destination):
         sync_tree(staged)
         try:
             staged.rename(destination)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not replace:
                 raise
             if not _exchange(staged, destination):
                 retired = staged.with_name(staged.name + ".old")

@@ -254,7 +254,12 @@ def _load_weights(path: Path, kind: ModelKind, factory: str) -> TorchModel:
     if kind is ModelKind.SAFETENSORS:
         from safetensors.torch import load_file
 
-        weights = load_file(path)
+        try:
+            weights = load_file(path)
+        except Exception as error:  # SafetensorError, OSError, and KeyError for a dtype that torch lacks
+            raise ModelError(
+                f"{path} is a damaged safetensors file: {one_line(error)}", "Save or download the model again."
+            ) from error
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)

@@ -23,14 +23,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from gpuopt import environment, errors
+from gpuopt import environment, errors, time_limit
 from gpuopt.artifact import StageOutcome
-from gpuopt.errors import BuildError, GpuoptError, RequirementError, defect
+from gpuopt.errors import BuildError, GpuoptError, RequirementError, TimeLimitError, defect
 from gpuopt.progress import Silent
 from gpuopt.stages.context import StageContext
 
 _PR_SET_PDEATHSIG = 1
 _MOST_LOG_BYTES = 1 << 16
+_SECONDS_TO_STOP = 3.0
 
 # The worker searches where its parent does. Python would put the current folder first for it, and
 # a file there, beside a downloaded model perhaps, would stand in for a library of the same name.
@@ -57,6 +58,7 @@ class Worker:
 
         Raises:
             GpuoptError: what the stage raised, or `BuildError` if the process died.
+        TimeLimitError: the command's time is up; the process is ended.
         """
         pipe = self._started()
         try:
@@ -68,12 +70,21 @@ class Worker:
                 kind, *content = pipe.recv()
             except (EOFError, ConnectionError) as error:
                 raise self._post_mortem(stage, context) from error
+            except TimeLimitError:
+                time_limit.lift()
+                if stage == "build":
+                    _let_stop(pipe)
+                self.stop()
+                raise
             if kind == "done":
                 outcome, seconds = content
                 return outcome, seconds
             if kind == "error":
                 name, message, hint, details = content
                 failure = _KINDS[name](message, hint)
+                if isinstance(failure, TimeLimitError):
+                    # The builder was a little earlier than the alarm, which has nothing to end any more.
+                    time_limit.lift()
                 failure.details = details + self._said()
                 raise failure
             getattr(context.progress, kind)(*content)
@@ -141,6 +152,16 @@ class Worker:
             f"a library crashed in the {stage} stage{where} ({cause})",
             "This is a defect of that library: try another of its versions ('gpuopt doctor' lists them) and report it.",
         )
+
+
+def _let_stop(pipe: Connection) -> None:
+    """TensorRT's builder knows of the end, too, and keeps what it has timed if it is let."""
+    until = time.monotonic() + _SECONDS_TO_STOP
+    # A message may have been cut in two by the alarm: then there is nothing to be understood any more.
+    with contextlib.suppress(Exception):
+        while (left := until - time.monotonic()) > 0 and pipe.poll(left):
+            if pipe.recv()[0] in ("done", "error"):
+                return
 
 
 class _PipeProgress:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from gpuopt.comparing import judge, limits, load, page, render
 from gpuopt.comparing.judge import Answer
 from gpuopt.comparing.model import Comparison
+from gpuopt.errors import StorageError, one_line
 from gpuopt.storage import write_text
 
 
@@ -25,7 +28,15 @@ def compare(
         StorageError: a report is damaged or of another schema.
     """
     asked = limits.read(given)
-    return judge.compare((old, load.load(old)), (new, load.load(new)), asked, allowed, command)
+    reports = (old, load.load(old)), (new, load.load(new))
+    try:
+        return judge.compare(*reports, asked, allowed, command)
+    except ValidationError as error:
+        # What stages say has no types in a report's schema, and a row of the comparison has.
+        first = error.errors()[0]
+        raise StorageError(
+            f"{old} or {new} is damaged: {first['loc'][-1]} {one_line(repr(first['input']))}: {first['msg']}", load.HINT
+        ) from error
 
 
 def document(found: Comparison) -> str:

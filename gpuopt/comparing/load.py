@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gpuopt import bundle
 from gpuopt.errors import StorageError
-from gpuopt.report.model import BenchmarkReport, Estimate, Report
-from gpuopt.storage import storage_errors
+from gpuopt.report.model import BenchmarkReport, Estimate, Report, read_report
 
 _MOST_TIMINGS = 2000
-_HINT = "Name a bundle, or a report.json that 'gpuopt compile' wrote."
+HINT = "Name a bundle, or a report.json that 'gpuopt compile' wrote."
 
 
 def load(path: Path) -> Report:
@@ -26,22 +23,13 @@ def load(path: Path) -> Report:
     if path.is_dir():
         bundle.open_bundle(path)
         path = path / bundle.REPORT_FILE
-    with storage_errors("read", path):
-        content = path.read_bytes()
-    try:
-        report = Report.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise StorageError(
-            f"{path} is damaged or of another schema: {where + ': ' if where else ''}{first['msg']}", _HINT
-        ) from error
+    report = read_report(path, HINT)
     for benchmark in report.benchmarks:
         if not all(math.isfinite(value) and value > 0 for value in _measured(benchmark)):
-            raise StorageError(f"{path} is damaged: the benchmark of {benchmark.target} has times that are none", _HINT)
+            raise StorageError(f"{path} is damaged: the benchmark of {benchmark.target} has times that are none", HINT)
         if len(benchmark.timings_ms) > _MOST_TIMINGS:
             raise StorageError(
-                f"{path} is damaged: the benchmark of {benchmark.target} has more than {_MOST_TIMINGS} timings", _HINT
+                f"{path} is damaged: the benchmark of {benchmark.target} has more than {_MOST_TIMINGS} timings", HINT
             )
     return report
 

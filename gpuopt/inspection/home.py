@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from gpuopt import bundle, reference
 from gpuopt.engine_record import profile_records
 from gpuopt.errors import GpuoptError, StorageError
 from gpuopt.inspection.model import OriginFacts, ProfileFacts
 from gpuopt.recipe import load, resolve
+from gpuopt.report import model
 from gpuopt.report.model import EngineReport, Report
 from gpuopt.shapes import Profile
-from gpuopt.storage import storage_errors
 
 
 @dataclass(frozen=True)
@@ -117,16 +115,7 @@ def read_report(folder: Path) -> Report:
     Raises:
         StorageError: it cannot be read.
     """
-    path = folder / bundle.REPORT_FILE
-    try:
-        with storage_errors("read", path):
-            return Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise StorageError(
-            f"{path} is no report of this gpuopt: {where}: {first['msg']}", "Copy the bundle again, or compile again."
-        ) from error
+    return model.read_report(folder / bundle.REPORT_FILE)
 
 
 def plain(value: object) -> str:

@@ -18,6 +18,7 @@ import onnx
 
 from gpuopt import onnx_model, reference, user_code
 from gpuopt.backends.onnxruntime import Session
+from gpuopt.calibration.readers import npy
 from gpuopt.calibration.readers.base import SampleReader, spread
 from gpuopt.comparison import Distance
 from gpuopt.errors import DataError, UsageError, described
@@ -296,20 +297,22 @@ def _labels(
 
 
 def _read_labels(name: str, data: str | None) -> Array:
+    hint = "Give an .npy file of numbers, or the name of an array in the .npz of --evaluation-data."
+    where = f"labels '{name}'"
     try:
         if Path(name).is_file():
-            found = np.load(name, allow_pickle=False)
+            labels: Array = np.asarray(npy.map_file(Path(name)))
         else:
-            with np.load(data or "", allow_pickle=False) as archive:
-                found = archive[name]
-        labels: Array = np.asarray(found)
+            with npy.open_archive(Path(data or ""), where) as archive:
+                found = npy.members(archive, where)
+                with npy.open_member(archive, found[name], where) as stream:
+                    labels = npy.read_whole(stream, found[name].file_size, None, where)
         if labels.ndim == 0:
             raise ValueError("it holds a single value")
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(
-            f"labels '{name}' cannot be read: {described(error)}",
-            "Give an .npy file of numbers, or the name of an array in the .npz of --evaluation-data.",
-        ) from error
+    except DataError as error:
+        raise DataError(f"labels '{name}' cannot be read: {error.message}", hint) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"labels '{name}' cannot be read: {described(error)}", hint) from error
     return labels.reshape(-1) if labels.shape[1:] == (1,) else labels
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gpuopt.errors import StorageError, one_line
+from gpuopt.storage import read_bytes
 
 
 class _Part(BaseModel):
@@ -178,3 +182,20 @@ class Report(_Part):
     def facts(self, stage: str) -> dict[str, Any]:
         """What a stage said; empty if it did not run."""
         return next((s.facts for s in self.stages if s.name == stage), {})
+
+
+def read_report(path: Path, hint: str = "Copy the bundle again, or compile again.") -> Report:
+    """The report in a file.
+
+    Raises:
+        StorageError: it cannot be read, or is no report.
+    """
+    content = read_bytes(path)
+    try:
+        return Report.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise StorageError(
+            f"{path} is no report of this gpuopt: {one_line(where)}: {one_line(first['msg'])}", hint
+        ) from error

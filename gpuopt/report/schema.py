@@ -192,12 +192,18 @@ _LEFT_OPEN: tuple[tuple[str, str, Any], ...] = (
 
 
 def json_schema(document: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of `report`, `bench` or `profile`."""
+    """The JSON Schema (draft 2020-12) of `report`, `bench`, `profile` or `sweep`."""
     from gpuopt.bench.report import BenchReport
     from gpuopt.profiling.command import ProfileReport
     from gpuopt.report.model import Report
+    from gpuopt.sweep.results import SweepReport
 
-    models: dict[str, type[BaseModel]] = {"report": Report, "bench": BenchReport, "profile": ProfileReport}
+    models: dict[str, type[BaseModel]] = {
+        "report": Report,
+        "bench": BenchReport,
+        "profile": ProfileReport,
+        "sweep": SweepReport,
+    }
     root = models[document].model_json_schema()
     definitions = root.setdefault("$defs", {})
     if document == "report":

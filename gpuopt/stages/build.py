@@ -51,7 +51,7 @@ def run(context: StageContext) -> StageOutcome:
     # TensorRT-RTX times no kernels.
     turn = gpu_turn(context.progress) if context.target == "tensorrt" else contextlib.nullcontext(0.0)
     with turn as waited:
-        built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress)
+        built = builder.build(context.target, onnx_path, stored.profiles, options, context.progress, context.deadline)
     path = context.made("engine") / ENGINE_FILE[context.target]
     write_bytes(path, built.plan)
     record = _record(path, context, built, stored, gpu)

@@ -25,6 +25,7 @@ class StageContext:
         target: the backend an engine is for; empty outside `build`.
         progress: the listener.
         cache_folder: where a stage may keep files for later runs, of a form of its own; None: nowhere.
+        deadline: when the command's time is up, by `time.monotonic`; None: never.
         journal: where a long stage may note what it has finished; None where that cannot be found again.
     """
 
@@ -37,6 +38,7 @@ class StageContext:
     target: str = ""
     journal: Path | None = None
     cache_folder: Path | None = None
+    deadline: float | None = None
 
     def folder(self, kind: str) -> Path:
         """Where an earlier stage's artifact lies."""

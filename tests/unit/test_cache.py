@@ -14,6 +14,7 @@ import pytest
 from gpuopt.artifact import folder_sha256
 from gpuopt.cache import Cache, default_folder, explain
 from gpuopt.errors import StorageError
+from gpuopt.storage import sha256_json
 
 PARTS = {"stage": "export", "input.model": "abc"}
 RECORD = {"facts": {"n": 1}, "warnings": ["w"], "seconds": 1.5}
@@ -67,8 +68,9 @@ def truncate_record(entry: Path) -> None:
 
 def change_record(**changes: Any) -> Callable[[Path], None]:
     def change(entry: Path) -> None:
-        record = json.loads((entry / "entry.json").read_text())
-        (entry / "entry.json").write_text(json.dumps({**record, **changes}))
+        content = {**json.loads((entry / "entry.json").read_text())["content"], **changes}
+        sealed = {"sha256": sha256_json(content), "content": content}
+        (entry / "entry.json").write_text(json.dumps(sealed))
 
     return change
 
@@ -87,6 +89,10 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "missing record": lambda entry: (entry / "entry.json").unlink(),
     "binary record": lambda entry: (entry / "entry.json").write_bytes(b"\xff\xfe\x80"),
     "record of another kind": lambda entry: (entry / "entry.json").write_text("[1]"),
+    "flipped digit in what it says": lambda entry: (entry / "entry.json").write_text(
+        (entry / "entry.json").read_text().replace("1.5", "1.7")
+    ),
+    "of another key": change_record(parts={"stage": "another"}),
     "artifacts of another kind": change_record(artifacts=[1]),
     "no facts": lambda entry: (entry / "entry.json").write_text('{"artifacts": {}}'),
     "record is a folder": lambda entry: ((entry / "entry.json").unlink(), (entry / "entry.json").mkdir())[-1],
@@ -201,7 +207,8 @@ def test_documents_are_recalled_by_shelf_and_name(cache: Cache) -> None:
 def test_a_damaged_document_is_forgotten(cache: Cache) -> None:
     cache.remember("last", "run", {"x": 1})
     (document,) = (cache.folder / "last").iterdir()
-    for content in (b"", b'{"x"', b"\xff"):
+    whole = document.read_bytes()
+    for content in (b"", b'{"x"', b"\xff", whole.replace(b": 1", b": 3"), b"[" * 100_000):
         document.write_bytes(content)
         assert cache.recall("last", "run") is None
 
@@ -254,3 +261,15 @@ def test_a_journal_belongs_to_its_key_and_goes_with_the_result(cache: Cache) -> 
     assert other.exists()
     cache.clear()
     assert not other.exists()
+
+
+def test_tidying_removes_what_a_killed_run_left_and_nothing_of_one_at_work(cache: Cache) -> None:
+    cache.tidy()
+    finished = multiprocessing.get_context("fork").Process(target=int)
+    finished.start()
+    finished.join()
+    with cache.scratch() as ours:
+        theirs = ours.with_name(ours.name.replace(f".{os.getpid()}.", f".{finished.pid}."))
+        theirs.mkdir()
+        cache.tidy()
+        assert [path.name for path in (cache.folder / "scratch").iterdir()] == [ours.name]

@@ -298,3 +298,14 @@ def test_a_scratch_folder_below_a_file_is_a_storage_error(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write in"), scratch_folder(tmp_path / "file", "name"):
         pass
+
+
+def test_publishing_without_replacing_leaves_what_is_there(tmp_path: Path) -> None:
+    for name in ("staged", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(StorageError, match="there"):
+        publish_folder(tmp_path / "staged", tmp_path / "there", replace=False)
+    assert (tmp_path / "there/file").read_text() == "there"
+    publish_folder(tmp_path / "staged", tmp_path / "new", replace=False)
+    assert names_in(tmp_path) == ["new", "there"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpuopt import environment
+from gpuopt import environment, time_limit
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.backends.tensorrt import calibrator as calibrators
 from gpuopt.backends.tensorrt import configuration, diagnosis, legacy, limits, timing_cache
@@ -75,7 +75,12 @@ class _Failure:
 
 
 def build(
-    target: str, onnx_path: Path, profiles: tuple[Profile, ...], options: BuildOptions, progress: Progress
+    target: str,
+    onnx_path: Path,
+    profiles: tuple[Profile, ...],
+    options: BuildOptions,
+    progress: Progress,
+    deadline: float | None = None,
 ) -> BuiltEngine:
     """Build a serialized engine from an ONNX file.
 
@@ -84,8 +89,10 @@ def build(
         onnx_path: Q/DQ and FP16 in it decide the engine's precision; for TensorRT 8 it is FP32 with or without Q/DQ,
             of opset 17 or less.
         profiles: min / opt / max of every input; at least one.
+        deadline: when to stop, by `time.monotonic`; only a builder with a progress monitor can.
 
     Raises:
+        TimeLimitError: it was stopped; what it had timed is in the timing cache.
         RequirementError: the module is missing, or there is no GPU for a target that needs one.
         UsageError: an option that this release does not have.
         BuildError: the parser or the builder refuses; the message names the node where there is one.
@@ -106,7 +113,7 @@ def build(
         request = _Request(target, trt, graph, profiles, options)
         repaired: list[str] = []
         while True:
-            result = _attempt(request, progress)
+            result = _attempt(request, progress, deadline)
             if isinstance(result, BuiltEngine):
                 break
             repair = _repaired(request, result, repaired, Path(scratch)) if options.repairs else None
@@ -157,7 +164,7 @@ def _with_io_dtypes(target: str, trt: ModuleType, onnx_path: Path, options: Buil
     return folder / ONNX_FILE
 
 
-def _attempt(request: _Request, progress: Progress) -> BuiltEngine | _Failure:
+def _attempt(request: _Request, progress: Progress, deadline: float | None) -> BuiltEngine | _Failure:
     """One try of a build."""
     target, trt, options = request.target, request.trt, request.options
     log = library_log(trt)
@@ -168,7 +175,7 @@ def _attempt(request: _Request, progress: Progress) -> BuiltEngine | _Failure:
     made = configuration.configure(target, trt, parsed, request.profiles, options)
     calibrator = _set_calibrator(trt, parsed, made.config, request)
     # The builder calls it, so that it has to outlive the build.
-    monitor = _make_monitor(trt, progress) if hasattr(trt, "IProgressMonitor") else None
+    monitor = _make_monitor(trt, progress, deadline) if hasattr(trt, "IProgressMonitor") else None
     if monitor is not None:
         made.config.progress_monitor = monitor
     try:
@@ -178,6 +185,10 @@ def _attempt(request: _Request, progress: Progress) -> BuiltEngine | _Failure:
     finally:
         if calibrator is not None:
             calibrator.close()
+    if plan is None and monitor is not None and monitor.stopped:
+        if made.cache is not None and options.timing_cache is not None:
+            timing_cache.save(made.config, made.cache, options.timing_cache, log.messages)
+        raise time_limit.error_after(None)
     if plan is None:
         return _Failure(log.messages)
     warnings, use = list(made.warnings), None
@@ -260,14 +271,15 @@ def _with_smaller_workspace(request: _Request, limit: int | None, tried: int) ->
     return replace(request, options=options), said
 
 
-def _make_monitor(trt: ModuleType, progress: Progress) -> Any:
+def _make_monitor(trt: ModuleType, progress: Progress, deadline: float | None) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Passes the outermost phase's steps on; the builder calls from its own threads."""
+        """Passes the outermost phase's steps on and stops the builder in time; it calls from its own threads."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()
             self._totals: dict[str, int] = {}
+            self.stopped = False
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
@@ -279,7 +291,8 @@ def _make_monitor(trt: ModuleType, progress: Progress) -> Any:
                 total = self._totals.get(phase)
                 if total:
                     progress.advance(step + 1, total)
-            return True
+                self.stopped = self.stopped or (deadline is not None and time.monotonic() >= deadline)
+                return not self.stopped
 
         def phase_finish(self, phase: str) -> None:
             with self._lock:

@@ -18,6 +18,8 @@ from gpuopt.errors import DataError, RequirementError, UsageError, described
 from gpuopt.shapes import TensorSpec, format_shape
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MOST_PIXELS = 80_000_000
+"""Of one image; a file of some KiB can declare any number, and each takes several bytes when it is decoded."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -143,6 +145,8 @@ class ImageFolder(FolderReader):
         options = self._options
         try:
             with self._pillow.open(path) as opened:
+                if math.prod(opened.size) > _MOST_PIXELS:
+                    raise ValueError(f"it declares {opened.size[0]}x{opened.size[1]} pixels, too many")
                 opened.load()
                 # What is no readable EXIF says nothing about the rotation, and viewers ignore it too.
                 with contextlib.suppress(Exception):

@@ -60,8 +60,8 @@ def read_header(stream: IO[bytes], where: str) -> Header:
         text = io.BytesIO(prefix + stream.read(length))
         parse = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, fortran, dtype = parse(text)
-        if any(size < 0 for size in shape):
-            raise ValueError(f"a negative size in shape {shape}")
+        if any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"a size that is none in shape {shape}")
     except Exception as error:
         # numpy evaluates the header as a literal, and damaged text fails in many ways.
         raise DataError(f"{where} is not a readable .npy array: {described(error)}", DAMAGED_HINT) from error
@@ -134,7 +134,7 @@ def map_file(path: Path) -> Array:
         if not header.nbytes:
             return np.empty(header.shape, header.dtype)
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {described(error)}", DAMAGED_HINT) from error
     return array
 

@@ -20,11 +20,12 @@ ROOT = Path(__file__).parents[3]
 SCHEMA = ROOT / "schemas/report.schema.json"
 
 
-def test_the_published_schema_is_the_model_s(request_: pytest.FixtureRequest) -> None:
-    made = request.schema("report")
+@pytest.mark.parametrize("document", ["report", "sweep"])
+def test_the_published_schema_is_the_model_s(document: str, request_: pytest.FixtureRequest) -> None:
+    path, made = SCHEMA.with_name(f"{document}.schema.json"), request.schema(document)
     if request_.config.getoption("--update-golden"):
-        SCHEMA.write_text(made)
-    assert SCHEMA.read_text() == made
+        path.write_text(made)
+    assert path.read_text() == made
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_the_schema_refuses_what_is_no_report(change: dict[str, object]) -> None
 
 
 def test_every_model_has_a_schema() -> None:
-    for document in ("report", "bench", "profile"):
+    for document in ("report", "bench", "profile", "sweep"):
         jsonschema.Draft202012Validator.check_schema(json.loads(request.schema(document)))
 
 

@@ -1,0 +1,1 @@
+"""How a batching server will behave under a load: Triton's dynamic batcher simulated, and its settings chosen."""
