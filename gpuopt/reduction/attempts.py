@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gpuopt.artifact import ONNX_FILE, Artifact
 from gpuopt.cache import Cache
-from gpuopt.errors import AccuracyError, GpuoptError, UsageError
+from gpuopt.errors import AccuracyError, GpuoptError, TimeLimitError, UsageError
 from gpuopt.pipeline import Runner
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve
@@ -153,6 +153,8 @@ class Attempts:
         try:
             self._worker.run("attempt", context)
             return None
+        except TimeLimitError:
+            raise
         except GpuoptError as error:
             return None if self.is_over() else error
         finally:
@@ -164,6 +166,8 @@ class Attempts:
         try:
             runner.run(until=self.check.stage)
             return None
+        except TimeLimitError:
+            raise
         except GpuoptError as error:
             here = runner.at_work is not None and runner.at_work.stage.name == self.check.stage
             return error if here else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gpuopt
-from gpuopt import bundle, request
+from gpuopt import bundle, request, time_limit
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.errors import (
@@ -214,7 +215,9 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
         if runner is None or runner.at_work is None or not is_in_library(error):
             yield {}
             return
-        wish = Wish(recipe.failure.seconds, recipe.failure.keep_weights)
+        ends = time_limit.ends()
+        left = recipe.failure.seconds if ends is None else min(recipe.failure.seconds, ends - time.monotonic())
+        wish = Wish(left, recipe.failure.keep_weights)
         try:
             document = describe(recipe, runner, error, wish, progress, made)
         except (GpuoptError, OSError, ValueError, MemoryError) as problem:
@@ -255,7 +258,7 @@ def describe(
     if graph is None or stored is None:
         return reproduction.note(error, check, f"no ONNX graph goes into the {stage} stage that can be tried", made)
     if wish.seconds <= 0:
-        return reproduction.note(error, check, "failure.seconds is 0", made)
+        return reproduction.note(error, check, "no time was left for it (failure.seconds, --timeout)", made)
     from gpuopt import reference
 
     profile = reference.load(stored.path).profiles[0]

@@ -221,3 +221,15 @@ def test_a_stage_that_is_no_build_is_tried_by_the_pipeline_up_to_it(tmp_path: Pa
     _, error = replay(tmp_path / "made", (), 300)
     assert error is not None
     assert "no node can be quantized" in error.message
+
+
+def test_the_reduction_keeps_the_time_of_the_command(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    import time
+
+    onnx.save(selecting(), str(tmp_path / "model.onnx"))
+    arguments = ("-p", "fp16", "-t", "tensorrt-rtx", "-i", "x:2x8", "--set", "failure.seconds=600")
+    started = time.monotonic()
+    result = gpuopt("compile", tmp_path / "model.onnx", *arguments, "--timeout", "120s")
+    assert time.monotonic() - started < 180
+    assert result.code == 7
+    assert (tmp_path / "model.gpuopt.failed/failure/failure.json").is_file()
