@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -408,6 +409,19 @@ def _inferred_without_weights(model: onnx.ModelProto, inputs: Mapping[str, tuple
         return onnx.shape_inference.infer_shapes(small, data_prop=True).graph
     except _INFERENCE_ERRORS:
         return None
+
+
+def einsum_labels_lowered(model: onnx.ModelProto) -> None:
+    """Write the equations of Einsum in small letters: TensorRT takes no others, and torch's exporter keeps capitals."""
+    graphs = [model.graph]
+    while graphs:
+        for node in graphs.pop().node:
+            graphs.extend(subgraphs(node))
+            for attribute in node.attribute if node.op_type == "Einsum" else ():
+                labels = dict.fromkeys(c for c in attribute.s.decode() if c.isalpha())
+                if attribute.name == "equation" and len(labels) <= len(string.ascii_lowercase):
+                    table = str.maketrans(dict(zip(labels, string.ascii_lowercase, strict=False)))
+                    attribute.s = attribute.s.decode().translate(table).encode()
 
 
 def kernel_shapes_stated(model: onnx.ModelProto) -> None:

@@ -186,5 +186,7 @@ def recipe_for(recipe: Recipe, graph: Path, profile: Profile) -> Recipe:
     tree["accuracy"] = {}
     tree["gates"] = {}
     tree["build"] |= {"plugins": [], "timing_cache": None, "require_timing_cache": False, "io_formats": {}}
+    # The graph is as it was exported: a change of its inputs has been made, or is not what failed.
+    tree["layout"] = {}
     tree["output"] = {}
     return resolve(tree)

@@ -13,7 +13,7 @@ from typing import Any
 
 import gpuopt
 from gpuopt import bundle, request, time_limit
-from gpuopt.artifact import ONNX_FILE
+from gpuopt.artifact import ONNX_FILE, Artifact
 from gpuopt.cache import Cache
 from gpuopt.errors import (
     BuildError,
@@ -253,8 +253,7 @@ def describe(
     step = runner.at_work
     stage, target = (step.stage.name, step.target) if step is not None else ("", "")
     check = Check(stage, recipe, target)
-    graph = _graph_of(recipe, runner, stage)
-    stored = runner.artifact("reference")
+    graph, stored = _graph_of(recipe, runner, stage)
     if graph is None or stored is None:
         return reproduction.note(error, check, f"no ONNX graph goes into the {stage} stage that can be tried", made)
     if wish.seconds <= 0:
@@ -262,26 +261,25 @@ def describe(
     from gpuopt import reference
 
     profile = reference.load(stored.path).profiles[0]
+    path = graph.path / ONNX_FILE
     quiet = Silent() if stage in BY_PIPELINE else progress
     try:
-        found = reproduction.reproduce(graph, profile, check, replace(wish, kind=error.kind), quiet, made)
+        found = reproduction.reproduce(path, profile, check, replace(wish, kind=error.kind), quiet, made)
     except ReductionError as reason:
         return reproduction.note(error, check, reason.message, made)
     return found
 
 
-def _graph_of(recipe: Recipe, runner: Runner, stage: str) -> Path | None:
-    """The graph that the failing stage can be tried on."""
+def _graph_of(recipe: Recipe, runner: Runner, stage: str) -> tuple[Artifact | None, Artifact | None]:
+    """The graph that the failing stage can be tried on, and the reference with its shapes."""
     if stage == "build" and not is_native(recipe):
-        kind = "engine_onnx" if builds_engine(recipe) and runner.artifact("engine_onnx") else "onnx"
-        found = runner.artifact(kind)
-        return found.path / ONNX_FILE if found else None
-    if stage not in BY_PIPELINE:
-        return None
-    for result in runner.results:
-        if result.step.stage.name == "export":
-            return result.entry.artifacts["onnx"].path / ONNX_FILE
-    return None
+        engine = runner.artifact("engine_onnx") if builds_engine(recipe) else None
+        return engine or runner.artifact("onnx"), runner.artifact("reference")
+    if stage in BY_PIPELINE:
+        for result in runner.results:
+            if result.step.stage.name == "export":
+                return result.entry.artifacts["onnx"], result.entry.artifacts["reference"]
+    return None, None
 
 
 def told_of(document: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from gpuopt.errors import GpuoptError, ReductionError, StorageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import resolve
 from gpuopt.reduction import halving
-from gpuopt.reduction.attempts import Attempts, Check, recipe_for, signature
+from gpuopt.reduction.attempts import BY_PIPELINE, Attempts, Check, recipe_for, signature
 from gpuopt.reduction.files import (
     GRAPH_FILE,
     LIMITS_FILE,
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 DOCUMENT_FILE = "failure.json"
 LOG_FILE = "log.txt"
+STAGES = ("build", "run", "difference", *BY_PIPELINE)
+TARGETS = ("", "tensorrt", "tensorrt-rtx")
 _VERSION = 1
 
 
@@ -223,13 +225,17 @@ def replay(folder: Path, plugins: tuple[Path, ...], seconds: float) -> tuple[dic
         )
     try:
         tree = dict(document["recipe"])
+        build = dict(tree.get("build", {}))
         profile = profile_from_json(document["inputs"])
-        limits = document["limits"]
-    except (KeyError, TypeError, ValueError) as error:
+        limits = None if document["limits"] is None else vars(Limits(**document["limits"]))
+        stage, target = document["stage"], document["target"] or ""
+        if stage not in STAGES or target not in TARGETS:
+            raise ValueError(f"no stage {stage} of target {target}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, error) from error
     # Whoever made the folder does not decide which code runs here, nor which file is written.
-    tree["build"] = {**tree.get("build", {}), "plugins": [str(path) for path in plugins], "timing_cache": None}
-    check = Check(document["stage"], resolve(tree), document["target"] or "")
+    tree["build"] = {**build, "plugins": [str(path) for path in plugins], "timing_cache": None}
+    check = Check(stage, resolve(tree), target)
     model = open_pieces(folder / GRAPH_FILE)
     beside = {name: folder / name for name in (OTHER_FILE, VALUES_FILE) if (folder / name).is_file()}
     with Attempts(check, seconds) as attempts:

@@ -240,6 +240,7 @@ def _adopt_export(path: Path, stored: Reference) -> str:
     if frozen := onnx_model.static_axes(model, interface.dynamic_axes(stored.inputs)):
         return f"the graph fixes the dynamic axes {', '.join(frozen)}"
     onnx_model.node_names_made_unique(model)
+    onnx_model.einsum_labels_lowered(model)
     onnx_model.save(model, path.parent)
     onnx_model.check(path)
     return first_difference(Session(path), stored, SAME)
@@ -312,6 +313,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         warnings.append(f"opset {before} was converted to {recipe.export.opset}")
     model.ir_version = onnx_model.IR_VERSION
     onnx_model.node_names_made_unique(model)
+    onnx_model.einsum_labels_lowered(model)
     onnx_model.kernel_shapes_stated(model)
     path = onnx_model.save(model, context.made("onnx"))
     try:

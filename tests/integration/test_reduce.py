@@ -191,8 +191,17 @@ def test_a_failure_of_somebody_else_runs_no_code_here(gpuopt: Gpuopt, tmp_path: 
     document["recipe"] = {"model": {"path": "x"}, "unknown": 1}
     path.write_text(json.dumps(document))
     assert gpuopt("reduce", tmp_path / "model.failure", "--replay").code == 2
-    path.write_text("{")
-    assert gpuopt("reduce", tmp_path / "model.failure", "--replay").code == 10
+    for damage in (
+        "{", "[]", "{}", json.dumps({"schema_version": 1, "graph": "reduced.onnx"}),
+        json.dumps({**document, "recipe": {"model": {"path": "x"}}, "stage": "record"}),
+        json.dumps({**document, "recipe": {"model": {"path": "x"}}, "target": "../elsewhere"}),
+        json.dumps({**document, "recipe": {"model": {"path": "x"}, "build": 3}}),
+        json.dumps({**document, "recipe": {"model": {"path": "x"}}, "limits": {"a": 1}}),
+        json.dumps({**document, "recipe": {"model": {"path": "x"}}, "inputs": {"t3": "1x8"}}),
+    ):  # fmt: skip
+        path.write_text(damage)
+        result = gpuopt("reduce", tmp_path / "model.failure", "--replay")
+        assert result.code == 10, (damage, result.stderr)
 
 
 def test_a_stage_that_is_no_build_is_tried_by_the_pipeline_up_to_it(tmp_path: Path) -> None:

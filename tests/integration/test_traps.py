@@ -66,6 +66,11 @@ class Untraceable(nn.Module):
         return values * 2
 
 
+class Products(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.einsum("BHID, BHJD -> BHIJ", values, values)
+
+
 class Text(nn.Module):
     def forward(self, values: Tensor) -> dict[str, object]:
         return {"values": values, "unit": "metres"}
@@ -85,6 +90,10 @@ def conditional() -> nn.Module:
 
 def untraceable() -> nn.Module:
     return Untraceable()
+
+
+def products() -> nn.Module:
+    return Products()
 
 
 def pair() -> nn.Module:
@@ -392,3 +401,22 @@ def test_a_failed_export_names_the_line_of_the_model(gpuopt: Gpuopt, tmp_path: P
     assert result.code == 5
     assert "raise RuntimeError" in result.stderr
     assert "test_traps.py, line " in result.stderr
+
+
+def test_an_einsum_in_capitals_is_built(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    arguments = (f"{HERE}:products", "-p", "fp16", "-t", "tensorrt-rtx", "-i", "values:2x4x8x16", "-o", tmp_path / "b")
+    result = gpuopt("compile", *arguments, cwd=ROOT)
+    assert result.code == 0, result.stderr
+
+
+def test_labels_of_an_equation_stay_apart_when_they_are_lowered() -> None:
+    from gpuopt.onnx_model import einsum_labels_lowered
+
+    node = onnx.helper.make_node("Einsum", ["a", "b"], ["c"], equation="B...aA,bA->B...ab")
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    einsum_labels_lowered(model)
+    left, right, result = model.graph.node[0].attribute[0].s.decode().replace("->", ",").split(",")
+    assert left.islower()
+    b, a, big_a = left[0], left[-2], left[-1]
+    assert len({b, a, big_a, right[0]}) == 4
+    assert (right[1], result) == (big_a, f"{b}...{a}{right[0]}")

@@ -69,7 +69,8 @@ CAUSES = (
         "plugin not found",
         r"Plugin not found|could not find plugin|[Nn]o matching plugin|Attempting to import as plugin",
         "the operator is no ONNX operator that it knows, and no plugin of that name is loaded",
-        "Load the library that has the plugin (--plugin FOLDER/libNAME.so), or change the operator in the model.",
+        "Change the operator in the model, or load the library that has the plugin (--plugin FOLDER/libNAME.so; "
+        "TensorRT-RTX takes none).",
     ),
     Cause(
         "unsupported operator",
