@@ -224,8 +224,11 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
             progress.warn(f"the failure could not be reduced: {one_line(problem)}")
             yield {}
             return
-        told = told_of(document)
-        progress.line(f"failure: {told}")
+        from gpuopt.compile import bundle_folder
+        from gpuopt.compile import failed_folder as of_bundle
+
+        replay = reproduction.replay_command(of_bundle(bundle_folder(recipe)) / FOLDER, document)
+        progress.line(f"failure: {told_of(document)}: {replay}")
         yield {f"{FOLDER}/{path.name}": path for path in made.iterdir()}
 
 

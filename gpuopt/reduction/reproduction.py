@@ -18,13 +18,12 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpuopt
 from gpuopt import environment
-from gpuopt.comparison import SAME
 from gpuopt.errors import GpuoptError, ReductionError, StorageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import resolve
@@ -51,6 +50,8 @@ LOG_FILE = "log.txt"
 STAGES = ("build", "run", "difference", *BY_PIPELINE)
 TARGETS = ("", "tensorrt", "tensorrt-rtx")
 _VERSION = 1
+SAME_OUTPUTS = Limits(min_cosine=0.99, min_sqnr_db=20.0, min_agreement=0.9)
+"""What the outputs of two graphs of one model reach if nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Wish:
     seconds: float
     keep_weights: bool = False
     other: Path | None = None
-    limits: Limits = field(default=SAME)
+    limits: Limits = SAME_OUTPUTS
     kind: str = ""
 
 
