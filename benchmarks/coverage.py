@@ -260,6 +260,10 @@ def lines_of(keys: Sequence[str], bench: Bench, about: dict[str, Any]) -> Iterat
     yield ""
     yield from _summary(known, rows)
     yield ""
+    states = Counter(row.get("code", "") for row in rows.values()).most_common()
+    counts = ", ".join(f"{count} with {code}" for code, count in states)
+    yield f"Rows by the state of gpuopt's code that they were measured with: {counts}."
+    yield ""
     yield "| source | task | architecture | FP16 | INT8 |"
     yield "| --- | --- | --- | --- | --- |"
     for key in known:

@@ -191,7 +191,7 @@ def _answer(stage: str, context: StageContext) -> tuple[Any, ...]:
         return "done", outcome, time.monotonic() - started
     except Exception as error:
         failure = _failure(stage, error)
-        return "error", type(failure).__name__, failure.message, failure.hint, traceback.format_exc()
+        return "error", type(failure).__name__, failure.message, failure.hint, traceback.format_exc() + failure.details
 
 
 def _failure(stage: str, error: Exception) -> GpuoptError:

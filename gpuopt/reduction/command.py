@@ -270,6 +270,8 @@ def describe(
         found = reproduction.reproduce(path, profile, check, replace(wish, kind=error.kind), quiet, made)
     except ReductionError as reason:
         return reproduction.note(error, check, reason.message, made)
+    # Of the failure that was met, not of its repetition.
+    reproduction.write_log(error, made)
     return found
 
 

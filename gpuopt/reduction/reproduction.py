@@ -185,9 +185,14 @@ def _settings(check: Check, piece: Piece) -> dict[str, Any]:
 
 
 def _written(document: dict[str, Any], error: GpuoptError, folder: Path) -> dict[str, Any]:
-    write_text(folder / LOG_FILE, _anonymous(error.details or error.lines()).rstrip() + "\n")
+    write_log(error, folder)
     write_json(folder / DOCUMENT_FILE, document)
     return document
+
+
+def write_log(error: GpuoptError, folder: Path) -> None:
+    """Write traceback and the libraries' words, the user's home left out."""
+    write_text(folder / LOG_FILE, _anonymous(error.details or error.lines()).rstrip() + "\n")
 
 
 def _anonymous(text: str) -> str:

@@ -44,12 +44,14 @@ class Attempt:
         reason: why it lost; empty for the one that won.
         frozen: where it took for constant what depends on data.
         branch: the line that branches on data, where it lost for that.
+        log: its traceback, where it raised one.
     """
 
     exporter: str
     reason: str
     frozen: tuple[str, ...] = ()
     branch: str = ""
+    log: str = ""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -110,7 +112,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             break
         context.progress.line(f"export: the {exporter} exporter lost: {attempts[-1].reason}")
     if attempts[-1].reason:
-        raise ExportError(
+        refusal = ExportError(
             f"no exporter gave a graph equal to the model: {attempts[-1].exporter}: {attempts[-1].reason}",
             (
                 one_line("; ".join(f"{a.exporter}: {a.reason}" for a in attempts[:-1]))
@@ -118,6 +120,8 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             )
             + ("" if feeds else f"\n{_GENERATED}"),
         )
+        refusal.details = "".join(f"\n{a.exporter}: {a.reason}\n{a.log}" for a in attempts)
+        raise refusal
     _check_branches(attempts)
     warnings.extend(
         f"the {attempts[-1].exporter} exporter made a constant of what depends on data: {line}"
@@ -228,7 +232,7 @@ def _attempt(exporter: str, loaded: Any, stored: Reference, recipe: Recipe, fold
         return Attempt(exporter, error.message)
     except Exception as error:  # exporters raise errors of their own without a common base
         cause = error.__cause__ or error
-        return Attempt(exporter, described(cause) + _place(cause), branch=_branch(cause))
+        return Attempt(exporter, described(cause) + _place(cause), branch=_branch(cause), log=traceback.format_exc())
 
 
 def _adopt_export(path: Path, stored: Reference) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -401,6 +402,12 @@ def test_a_failed_export_names_the_line_of_the_model(gpuopt: Gpuopt, tmp_path: P
     assert result.code == 5
     assert "raise RuntimeError" in result.stderr
     assert "test_traps.py, line " in result.stderr
+    kept = json.loads((tmp_path / "b.failed/failure/failure.json").read_text())
+    assert (kept["stage"], kept["graph"]) == ("export", None)
+    log = (tmp_path / "b.failed/failure/log.txt").read_text()
+    assert "dynamo:" in log
+    assert "torchscript:" in log
+    assert "in forward" in log
 
 
 def test_an_einsum_in_capitals_is_built(gpuopt: Gpuopt, tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ def _error(request: _Request, failure: _Failure, repaired: list[str]) -> GpuoptE
     error = diagnosis.builder_error(f"{request.target} {request.trt.__version__}", failure.messages)
     if not repaired:
         return error
-    return type(error)(f"{error.message} (tried in vain: {'; '.join(repaired)})", error.hint)
+    last = type(error)(f"{error.message} (tried in vain: {'; '.join(repaired)})", error.hint)
+    last.details = error.details
+    return last
 
 
 def _with_known_operators(target: str, trt: ModuleType, onnx_path: Path, folder: Path) -> Path:

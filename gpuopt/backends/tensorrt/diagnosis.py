@@ -235,7 +235,7 @@ def builder_error(who: str, messages: Mapping[str, Sequence[str]]) -> GpuoptErro
         who: library and version.
         messages: the log's lines by level.
     """
-    return _error(f"{who} cannot build the engine", find(messages), "")
+    return _with_log(_error(f"{who} cannot build the engine", find(messages), ""), [], messages)
 
 
 def parser_error(who: str, problems: Sequence[ParserProblem], messages: Mapping[str, Sequence[str]]) -> GpuoptError:
@@ -254,7 +254,15 @@ def parser_error(who: str, problems: Sequence[ParserProblem], messages: Mapping[
         finding = Finding(finding.cause, first.node or finding.node, finding.line)
     elif finding.cause.name == "unknown" and told:
         finding = Finding(finding.cause, finding.node, told[0])
-    return _error(f"{who} does not take the graph", finding, first.operator if first is not None else "")
+    error = _error(f"{who} does not take the graph", finding, first.operator if first is not None else "")
+    return _with_log(error, told, messages)
+
+
+def _with_log(error: GpuoptError, told: Sequence[str], messages: Mapping[str, Sequence[str]]) -> GpuoptError:
+    """The error with everything that the library said, for `--debug` and the log of a kept failure."""
+    lines = [*told, *(f"{level}: {line}" for level, said in messages.items() for line in said)]
+    error.details = "\n".join(["", *dict.fromkeys(lines), ""])
+    return error
 
 
 def _error(said: str, finding: Finding, operator: str) -> GpuoptError:
