@@ -6,6 +6,8 @@
     python benchmarks/coverage.py --peers             # Olive and modelopt on a sample of the list, too
     python benchmarks/coverage.py --table             # measure nothing, show what is known
 
+Beside `.[cpu,models,dev]` it needs `pip install transformers`.
+
 The list is `architectures.py`: public architectures of torchvision, timm and transformers, random
 weights, small inputs, a batch of 1 to 2. Each is compiled in processes of its own, within a limit of
 time and of memory, INT8 with random calibration data; the second precision finds the export of the

@@ -349,8 +349,8 @@ NO_ENGINE = "no engine is built: no TensorRT that can build here is installed; s
 NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
 _FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"
 _ACCURACY_HINT = (
-    "See the report's accuracy table. For INT8: more or better calibration data, another calibrate.method,\n"
-    "or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
+    "See the report's accuracy table. For INT8: better calibration data, --max-accuracy-drop (what costs most falls\n"
+    "back; 'gpuopt analyze' shows it), or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
 )
 
 
