@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import os
 import platform
@@ -380,7 +381,12 @@ def _peer_lines(peer: str, keys: Sequence[str], bench: Bench) -> Iterator[str]:
     known = list(dict.fromkeys(key for key, _ in found))
     package = {"olive": "olive-ai", "modelopt": "nvidia-modelopt[onnx]"}[peer]
     yield f"{package} {_peer_version(peer, bench)} on {len(known)} of them, a sample spread over the list, from the "
-    yield "FP32 ONNX graph that gpuopt exported, judged by the same limits and the same builder:"
+    yield "FP32 ONNX graph that gpuopt exported, judged by the same limits and the same builder."
+    yield ""
+    for precision in PRECISIONS:
+        theirs = [found[key, precision]["outcome"] == PASSED for key in known if (key, precision) in found]
+        ours = [(_read(bench.row(key, precision)) or {}).get("outcome") == PASSED for key in known]
+        yield f"- {precision.upper()}: {sum(theirs)} of {len(theirs)} verified and built; gpuopt {sum(ours)} of {len(ours)}"
     yield ""
     yield "| architecture | FP16 | INT8 | gpuopt FP16 | gpuopt INT8 |"
     yield "| --- | --- | --- | --- | --- |"
@@ -396,6 +402,8 @@ def _peer_lines(peer: str, keys: Sequence[str], bench: Bench) -> Iterator[str]:
 
 def _peer_version(peer: str, bench: Bench) -> str:
     package = {"olive": "olive-ai", "modelopt": "nvidia-modelopt"}[peer]
+    if not bench.python[peer].exists():
+        return "(version not known here)"
     asked = f"import importlib.metadata as m; print(m.version('{package}'))"
     answer = subprocess.run([str(bench.python[peer]), "-c", asked], capture_output=True, text=True, check=False)
     return answer.stdout.strip()
@@ -434,6 +442,10 @@ def main() -> None:
     python = {"olive": options.olive_python, "modelopt": options.modelopt_python}
     bench = Bench(options.work.resolve(), options.seconds, options.memory, python)
     keys = [key for key in ARCHITECTURES if not options.only or any(word in key for word in options.only)]
+    for source in dict.fromkeys(ARCHITECTURES[key].source for key in keys):
+        if not options.table and source != "own" and importlib.util.find_spec(source) is None:
+            print(f"{source} is not installed: its architectures are left out", file=sys.stderr)
+            keys = [key for key in keys if ARCHITECTURES[key].source != source]
     if options.retry:
         for path in (bench.row(key, precision) for key in keys for precision in PRECISIONS):
             if (row := _read(path)) is not None and row["outcome"] not in (PASSED, REFUSED):
