@@ -715,10 +715,10 @@ class Selected(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.score = nn.Linear(32, 1)
+        self.layer, self.score = nn.Linear(32, 32), nn.Linear(32, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        rows = image.reshape(-1, 32)
+        rows = torch.tanh(self.layer(image.reshape(-1, 32)))
         return rows[torch.nonzero(self.score(rows)[:, 0] > 0)[:, 0]]
 
 

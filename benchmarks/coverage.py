@@ -380,13 +380,15 @@ def _peer_lines(peer: str, keys: Sequence[str], bench: Bench) -> Iterator[str]:
         return
     known = list(dict.fromkeys(key for key, _ in found))
     package = {"olive": "olive-ai", "modelopt": "nvidia-modelopt[onnx]"}[peer]
-    yield f"{package} {_peer_version(peer, bench)} on {len(known)} of them, a sample spread over the list, from the "
+    yield f"{package} {_peer_version(peer, bench)} on {len(known)} of them, a sample spread over the list, from the"
     yield "FP32 ONNX graph that gpuopt exported, judged by the same limits and the same builder."
     yield ""
     for precision in PRECISIONS:
         theirs = [found[key, precision]["outcome"] == PASSED for key in known if (key, precision) in found]
-        ours = [(_read(bench.row(key, precision)) or {}).get("outcome") == PASSED for key in known]
-        yield f"- {precision.upper()}: {sum(theirs)} of {len(theirs)} verified and built; gpuopt {sum(ours)} of {len(ours)}"
+        both = [key for key in known if (key, precision) in found]
+        ours = [(_read(bench.row(key, precision)) or {}).get("outcome") == PASSED for key in both]
+        counts = f"{sum(theirs)} of {len(theirs)} verified and built; gpuopt {sum(ours)} of {len(ours)}"
+        yield f"- {precision.upper()}: {counts}"
     yield ""
     yield "| architecture | FP16 | INT8 | gpuopt FP16 | gpuopt INT8 |"
     yield "| --- | --- | --- | --- | --- |"
