@@ -138,6 +138,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "gates.max_build_seconds": (60.0, ""),
     "gates.max_calibration_warnings": (0, ""),
     "output.directory": ("elsewhere", ""),
+    "failure.seconds": (0, ""),
+    "failure.keep_weights": (True, ""),
 }
 
 
