@@ -371,7 +371,8 @@ def _peer_row(peer: str, precision: str, source: Path, folder: Path, bench: Benc
     if done.stopped or done.code:
         crash = f"the judge ended with {done.code}"
         return {**row, "outcome": "crashes a library", "message": done.stopped or crash}
-    return {**row, **json.loads(done.stdout)}
+    # Libraries print there, too.
+    return {**row, **json.loads(done.stdout.strip().rpartition("\n")[2])}
 
 
 def _peer_lines(peer: str, keys: Sequence[str], bench: Bench) -> Iterator[str]:

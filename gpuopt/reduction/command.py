@@ -220,7 +220,7 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
         wish = Wish(left, recipe.failure.keep_weights)
         try:
             document = describe(recipe, runner, error, wish, progress, made)
-        except (GpuoptError, OSError, ValueError, MemoryError) as problem:
+        except Exception as problem:  # the libraries have just failed, and may raise anything
             progress.warn(f"the failure could not be reduced: {one_line(problem)}")
             yield {}
             return

@@ -6,9 +6,9 @@ import contextlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
 
 from gpuopt import onnx_model
 from gpuopt.errors import GpuoptError, UsageError
@@ -18,6 +18,9 @@ from gpuopt.reduction.halving import Part
 from gpuopt.reduction.subgraph import Piece, Pieces, with_random_weights, without_origin
 from gpuopt.storage import write_json
 from gpuopt.tolerance import Limits
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 class Failing:
@@ -69,7 +72,7 @@ class Differing:
         self.attempts = attempts
         self._folder = attempts.scratch
         write_json(self._folder / LIMITS_FILE, asdict(limits))
-        self._other = None if other is None else ir.from_proto(onnx_model.with_types(onnx_model.load_untrusted(other)))
+        self._other = None if other is None else _read(other)
         whole = pieces.piece(tuple(range(len(pieces.nodes))))
         if whole is None:
             raise UsageError("a tensor of the graph has no known type or shape", "Run ONNX's shape inference over it.")
@@ -124,6 +127,8 @@ class Differing:
         inputs = [value.name for value in piece.model.graph.input if value.name in known]
         if not outputs or set(outputs) & set(inputs):
             return None
+        import onnx_ir as ir
+
         try:
             part = ir.convenience.extract(self._other.graph, inputs, outputs)
         except ValueError:
@@ -134,6 +139,13 @@ class Differing:
         """The values of every tensor of a piece on random inputs."""
         check = Check("record", self.attempts.check.recipe)
         return self.attempts.record(piece, check, self._folder / f"{self.attempts.tries}.npz")
+
+
+def _read(path: Path) -> ir.Model:
+    import onnx_ir
+
+    model: ir.Model = onnx_ir.from_proto(onnx_model.with_types(onnx_model.load_untrusted(path)))
+    return model
 
 
 def open_pieces(graph: Path) -> onnx.ModelProto:
