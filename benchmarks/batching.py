@@ -508,8 +508,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"The example: `{' '.join(EXAMPLE)}`. The plan: max_batch_size {plan['max_batch_size']}, preferred "
         f"{list(plan['preferred_batch_size'])}, delay {plan['max_queue_delay_microseconds']} us, {plan['instances']} "
-        f"instance; predicted to carry {example['plan_capacity']:.0f} requests/s. Rates that hold in the "
-        f"replay: example {', '.join(map(str, example['rates_that_hold']['example'])) or 'none'}; plan "
+        f"instance; predicted to carry {example['plan_capacity']:.0f} requests/s. Rates that hold in the replay: the "
+        f"example's {', '.join(map(str, example['rates_that_hold']['example'])) or 'none'}; the plan's "
         f"{', '.join(map(str, example['rates_that_hold']['plan'])) or 'none'}.",
         "",
         "| requests/s | example p50, ms | p99 | plan p50, ms | p99 |",

@@ -161,6 +161,9 @@ def wait_for(found: Any, seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without CPUs, so that no task runs there, and three workers, one of which has another GPU, in name."""
+    # Ray's own limits are for machines that do nothing else.
+    for limit in ("raylet_start_wait_time_s", "py_gcs_connect_timeout_s", "gcs_rpc_server_connect_timeout_s"):
+        os.environ[f"RAY_{limit}"] = "180"
     ray = pytest.importorskip("ray", reason="a sweep on a cluster needs ray, of gpuopt[ray]")
     from ray.cluster_utils import Cluster
 
@@ -200,11 +203,11 @@ def test_a_sweep_on_ray_with_a_worker_killed_equals_the_local_one(
     command = [sys.executable, "-m", "gpuopt", "sweep", str(path), "--json", "-o", str(tmp_path / "ray")]
     command += ["--ray", cluster.address, "--cache-dir", str(tmp_path / "cache")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list((tmp_path / "ray/rows").glob("*.json")) and len(workers_at_work(cluster)) == 2, 120)
+    wait_for(lambda: list((tmp_path / "ray/rows").glob("*.json")) and len(workers_at_work(cluster)) == 2, 300)
     busy = workers_at_work(cluster)
     assert cluster.node_of_another_gpu not in busy
     cluster.remove_node(busy[0], allow_graceful=False)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     there, here = rows(Run(0, stdout, stderr)), rows(local)
     assert len(there) == 12
