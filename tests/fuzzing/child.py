@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.fuzzing.readers import Surface, prepare, surface
 def run(chosen: Surface, folder: Path, seed: int, inputs: int, seconds: float) -> None:
     """Read damaged files until a number or a time is reached; see the module."""
     warnings.simplefilter("ignore")
+    # What readers make for themselves lies inside, too, and what they leave there is seen.
+    tempfile.tempdir = str(folder)
     path, seeds = prepare(chosen, folder / "read")
     guard = Guard(folder)
     for undamaged in seeds:

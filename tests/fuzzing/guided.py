@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from random import Random
@@ -49,6 +50,7 @@ def main() -> None:
     corpus.mkdir()
     for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
+    tempfile.tempdir = str(folder)
     guard = Guard(folder)
     count = 0
 
