@@ -16,6 +16,7 @@ from gpuopt.errors import GpuoptError
 from tests.fuzzing.mutation import evil_pickle, mutate
 from tests.fuzzing.readers import SURFACES, Surface, surface
 
+ROOT = Path(__file__).parents[2]
 INPUTS = 40
 INPUTS_OF_BUNDLES = 10
 """Of a bundle, every reader of bundles is called."""
@@ -53,7 +54,7 @@ def test_the_fuzzer_finds_what_it_looks_for(tmp_path: Path) -> None:
     (tmp_path / "evil").write_bytes(evil_pickle())
     (tmp_path / "folder").mkdir()
     command = [sys.executable, "-c", script, str(tmp_path / "folder"), str(tmp_path / "evil")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(
         {"exception": "exception", "hang": "hang", "memory": "memory", "forbidden": "forbidden",
