@@ -54,7 +54,10 @@ def fuzz(surface: str, seconds: float, seed: int, python: str, module: str) -> R
         with tempfile.TemporaryDirectory() as name:
             command = [python, "-m", module, surface, name, "--seed", str(turn), "--seconds", f"{left:.0f}"]
             try:
-                env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+                env = {
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+                }
                 done = subprocess.run(
                     command, env=env, capture_output=True, text=True, timeout=left + MOST_SECONDS + IMPORTS_SECONDS
                 )

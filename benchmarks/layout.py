@@ -117,7 +117,7 @@ def say(text: str) -> None:
 
 
 def run(command: Sequence[str | Path], log: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(HERE.parent), str(HERE / "peers"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, (str(HERE.parent), str(HERE / "peers"), os.environ.get("PYTHONPATH"))))
     started = time.monotonic()
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, check=False,

@@ -29,7 +29,7 @@ class Commands:
         np.savez(folder / "calibration.npz", image=images(64))
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return subprocess.run(
             [sys.executable, "-m", "gpuopt", *arguments],
             capture_output=True,

@@ -150,7 +150,10 @@ def test_without_onnxslim_the_graph_stays_as_it_is_with_a_warning(
         "found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'onnxslim' else found(name, *a)\n"
     )
-    own = {"PYTHONPATH": os.pathsep.join((str(hook), os.environ.get("PYTHONPATH", ""))), "GPUOPT_CACHE_DIR": str(hook)}
+    own = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH")))),
+        "GPUOPT_CACHE_DIR": str(hook),
+    }
     result = gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime", "--json", env=own)
     assert result.code == 0, result.stderr
     (warning,) = [w for w in result.report()["warnings"] if "was not simplified" in w]

@@ -143,7 +143,7 @@ def test_a_whole_bundle_is_checked_without_torch_and_runtimes(
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nfor name in {HEAVY}:\n    sys.modules[name] = None\n"
     )  # fmt: skip
-    env = {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
     for folder in (int8, fp16):
         result = gpuopt("check", folder, env=env)
         assert result.code == 0, result.stderr

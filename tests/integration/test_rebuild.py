@@ -36,7 +36,7 @@ def without(tmp_path: Path) -> Any:
             f"importlib.util.find_spec = lambda name, *a: None if name == '{module}' else found(name, *a)\n"
             f"sys.modules['{module}'] = None\n"
         )
-        return {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
 
     return make
 

@@ -162,12 +162,14 @@ def wait_for(found: Any, seconds: float = 60) -> None:
 def cluster() -> Iterator[Any]:
     """A head without CPUs, so that no task runs there, and three workers, one of which has another GPU, in name."""
     # Ray's own limits are for machines that do nothing else.
+    patch = pytest.MonkeyPatch()
     for limit in ("raylet_start_wait_time_s", "py_gcs_connect_timeout_s", "gcs_rpc_server_connect_timeout_s"):
-        os.environ[f"RAY_{limit}"] = "180"
+        patch.setenv(f"RAY_{limit}", "180")
     ray = pytest.importorskip("ray", reason="a sweep on a cluster needs ray, of gpuopt[ray]")
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # No empty part: it would stand for the current folder, a hostile one in other tests.
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for gpu in ("A100", "A100", "T4"):
         made.node_of_another_gpu = made.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{gpu}": 1})
@@ -175,6 +177,7 @@ def cluster() -> Iterator[Any]:
     yield made
     made.shutdown()
     ray.shutdown()
+    patch.undo()
 
 
 def workers_at_work(made: Any) -> list[Any]:

@@ -271,8 +271,8 @@ def test_a_mistake_has_its_exit_code_and_three_lines(gpuopt: Gpuopt, rtx: Path, 
         (2, (rtx, "-o", tmp_path / "r", "--ensemble", "e", "--before", "nothing")),
         (2, (rtx, "-o", tmp_path / "r2", "--engine-for", rtx)),
         (10, (project, "-o", tmp_path / "r")),
-        (18, (rtx, "--check", broken)),
-        (18, (rtx, "-o", tmp_path / "r3", "--priority-levels", "2", "--default-priority-level", "3")),
+        (19, (rtx, "--check", broken)),
+        (19, (rtx, "-o", tmp_path / "r3", "--priority-levels", "2", "--default-priority-level", "3")),
     ):  # fmt: skip
         result = gpuopt("triton", *arguments)
         assert result.code == code, (arguments, result.stderr)
