@@ -24,25 +24,22 @@ over the layers.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import ctypes
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / ".work/gpu"
 RESULTS = HERE / "results"
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-LEGACY_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
-"""Of TensorRT 8.5: those that need no cuBLAS and cuDNN, which newer machines do not have in its versions."""
+from gpu_steps import LEGACY_SOURCES, Limit, gpuopt, run, say, table, together  # noqa: E402
+
 CUBLAS_SOURCES = ("CUBLAS", "CUBLAS_LT")
 
 
@@ -111,7 +108,7 @@ NETWORKS = (
         native=True, jit=False,
     ),
 )  # fmt: skip
-BESIDE = "mobilenet_v3_small/onnx-int8.gpuopt/model.tensorrt.engine"
+BESIDE = "resnet50-b1/int8.gpuopt/model.tensorrt.engine"
 """Runs beside another network's engine, below the bench's folder."""
 CALIBRATION_IMAGES = 32
 SAMPLES = "samples.npz"
@@ -127,39 +124,10 @@ class Bench:
     seconds: float
     groups: tuple[str, ...]
     baselines: tuple[str, ...]
+    limit: Limit
 
     def home(self, network: Network) -> Path:
         return self.folder / network.name
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def run(command: Sequence[str | Path], log: Path) -> str:
-    """Run to the end; its stdout, also where it failed: gpuopt's JSON tells why."""
-    path = os.pathsep.join(filter(None, (str(HERE.parent), str(HERE / "peers"), os.environ.get("PYTHONPATH"))))
-    started = time.monotonic()
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(" ".join(map(str, command)) + "\n" + done.stderr + done.stdout)
-    last = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-    say(f"{log.parent.name}/{log.stem}: {time.monotonic() - started:.0f} s, code {done.returncode} {' '.join(last)}")
-    return done.stdout
-
-
-def gpuopt(*arguments: str | Path) -> list[str | Path]:
-    return [sys.executable, "-m", "gpuopt", *arguments]
-
-
-def together(jobs: int, steps: Sequence[Callable[[], object]]) -> None:
-    """Run the steps side by side, first come first served."""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(step) for step in steps]:
-            future.result()
 
 
 # prepare ------------------------------------------------------------------------------------------------------------
@@ -170,14 +138,15 @@ def prepare(bench: Bench) -> None:
     bench.folder.mkdir(parents=True, exist_ok=True)
     for network in bench.networks:
         bench.home(network).mkdir(exist_ok=True)
-    together(bench.jobs, [lambda network=network: _prepare(bench, network) for network in bench.networks])
+    steps = [lambda network=network: _prepare(bench, network) for network in bench.networks]
+    together(bench.jobs, bench.limit, steps)
 
 
 def baselines(bench: Bench) -> None:
     """PyTorch and ONNX Runtime on the same models, as far as they are here."""
     for network in bench.networks:
         told = bench.home(network) / "baselines.json"
-        if network.baselines and not told.is_file():
+        if network.baselines and not told.is_file() and not bench.limit.reached():
             kinds = [word for kind in bench.baselines for word in ("--baseline", kind)]
             asked = ("bench", bench.home(network) / "fp16.gpuopt", "--only", "baselines", *kinds, "--seconds", "1")
             run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
@@ -230,7 +199,7 @@ def save_samples(home: Path, network: Network) -> None:
 
 def build(bench: Bench) -> None:
     """Every engine, several builders at a time."""
-    together(bench.jobs, [step for _, step in sorted(_builds(bench), key=lambda entry: entry[0])])
+    together(bench.jobs, bench.limit, [step for _, step in sorted(_builds(bench), key=lambda entry: entry[0])])
 
 
 def _sources(network: Network) -> list[str]:
@@ -327,10 +296,10 @@ def measure(bench: Bench) -> None:
     steps += [("bench", n, lambda n: _bench(bench, n)) for n in bench.networks if n.bench]
     steps += [("profile", n, lambda n: _profile(bench, n)) for n in bench.networks if n.baselines]
     for name, network, step in steps:
-        if name not in bench.groups:
+        told = bench.home(network) / f"{name}.json"
+        if name not in bench.groups or told.is_file() or bench.limit.reached():
             continue
         started = time.monotonic()
-        told = bench.home(network) / f"{name}.json"
         try:
             answer = step(network)
             if answer is not None:
@@ -436,18 +405,21 @@ def _bench(bench: Bench, network: Network) -> None:
     home = bench.home(network)
     for precision in ("int8", "fp16"):
         only = [word for group in network.bench for word in ("--only", group)]
-        beside = ("--beside", bench.folder / BESIDE) if "memory" in network.bench else ()
+        wanted = "memory" in network.bench and (bench.folder / BESIDE).is_file()
+        beside = ("--beside", bench.folder / BESIDE) if wanted else ()
         subject = home / f"{'onnx-' if network.auto else ''}{precision}.gpuopt"
         asked = ("bench", subject, *only, *beside, "--seconds", f"{bench.seconds / 6:.2f}")
         told = home / f"bench-{precision}.json"
-        run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
+        if not told.is_file() and not bench.limit.reached():
+            run(gpuopt(*asked, "--json", "--output", told), told.with_suffix(".log"))
 
 
 def _profile(bench: Bench, network: Network) -> None:
     for precision in ("int8", "fp16"):
         told = bench.home(network) / f"profile-{precision}.json"
         asked = ("profile", bench.home(network) / f"{precision}.gpuopt", "--json", "--output", told)
-        run(gpuopt(*asked), told.with_suffix(".log"))
+        if not told.is_file() and not bench.limit.reached():
+            run(gpuopt(*asked), told.with_suffix(".log"))
 
 
 # tables -------------------------------------------------------------------------------------------------------------
@@ -456,7 +428,7 @@ def _profile(bench: Bench, network: Network) -> None:
 def collect(bench: Bench) -> dict[str, Any]:
     """All answers in one document, without the lists of layers: `results.json` in the folder."""
     found: dict[str, Any] = {}
-    for network in bench.networks:
+    for network in (n for n in NETWORKS if bench.home(n).is_dir()):
         entries = found.setdefault(network.name, {"batch": network.batches[1]})
         for path in sorted(bench.home(network).glob("*.json")):
             try:
@@ -492,10 +464,13 @@ def _digest(kind: str, document: Mapping[str, Any]) -> Any:
 
 
 def tables(bench: Bench) -> None:
-    """Write the results and their tables."""
-    found = collect(bench)
+    """Write the results and their tables; what an earlier run measured and this folder lacks is kept."""
+    path = RESULTS / "gpu.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for name, entries in collect(bench).items():
+        found.setdefault(name, {}).update(entries)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     (RESULTS / "gpu.md").write_text(render(found))
 
 
@@ -513,7 +488,7 @@ def render(found: Mapping[str, Any]) -> str:
         "of the time in",
         "lowest SQNR against PyTorch over all corners, dB",
     )
-    parts += ["## Engines in turn, as CUDA graphs", _table(head, engines)]
+    parts += ["## Engines in turn, as CUDA graphs", table(head, engines)]
     rows = [row for name, entries in found.items() for row in _auto_rows(name, entries)]
     if rows:
         head = (
@@ -525,15 +500,15 @@ def render(found: Mapping[str, Any]) -> str:
             "lowest SQNR against the ONNX, dB",
             "shipped",
         )
-        parts += ["## `--precision auto`: its candidates in turn, as CUDA graphs", _table(head, rows)]
+        parts += ["## `--precision auto`: its candidates in turn, as CUDA graphs", table(head, rows)]
     rows = [row for name, entries in found.items() for row in _accuracy_rows(name, entries)]
     if rows:
         head = ("network", "engine", "accuracy", "same answer as FP32", "SQNR of the logits, dB")
-        parts += ["## Held-out answers", _table(head, rows)]
+        parts += ["## Held-out answers", table(head, rows)]
     for name, entries in found.items():
         for kind in ("baselines", "bench-fp16", "bench-int8"):
             if rows := [row for row in entries.get(kind, {}).get("rows", []) if not row["failed"]]:
-                parts += [f"## {name}, {kind}", _table(_BENCH_HEAD, [_bench_row(row) for row in rows])]
+                parts += [f"## {name}, {kind}", table(_BENCH_HEAD, [_bench_row(row) for row in rows])]
                 parts += [_conditions(entries[kind])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -609,17 +584,14 @@ def _conditions(report: Mapping[str, Any]) -> str:
     return f"{report['gpu']}, {report['target']} {report['library_version']}; {shown}."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", help="prepare, baselines, build, measure, tables; default: all")
     parser.add_argument("--folder", type=Path, default=WORK)
     names = [network.name for network in NETWORKS]
-    parser.add_argument("--network", action="append", choices=names, help="repeatable; default: all")
+    parser.add_argument("--network", action="append", choices=names, help="repeatable, in this order; default: all")
+    parser.add_argument("--one-by-one", action="store_true", help="all steps of a network before the next network's")
+    parser.add_argument("--begin-within", type=float, metavar="SECONDS", help="no new build or measurement after that")
     parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
     parser.add_argument("--group", action="append", help="of measure: race, accuracy, bench, auto, profile; repeatable")
@@ -631,19 +603,25 @@ def main() -> None:
     if not options.steps and reason:
         say(f"gpu.py: nothing was measured: {reason}")
         return
-    networks = tuple(network for network in NETWORKS if network.name in (options.network or names))
+    by_name = {network.name: network for network in NETWORKS}
+    networks = tuple(by_name[name] for name in options.network or names)
     groups = tuple(options.group or ("auto", "race", "distance", "accuracy", "bench", "profile"))
     kinds = tuple(options.baseline or ())
-    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds)
+    limit = Limit(options.begin_within)
+    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds, limit)
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
         "tables": tables,
     }  # fmt: skip
     everything = ["prepare", "baselines", "build", "measure", "tables"]
-    for name in options.steps or everything[0 if environment.has_module("torch") else 2 :]:
+    asked = options.steps or everything[0 if environment.has_module("torch") else 2 :]
+    for name in asked:
         if name not in steps:
             parser.error(f"there is no step '{name}'")
-        steps[name](bench)
+    rounds = [replace(bench, networks=(network,)) for network in networks] if options.one_by_one else [bench]
+    for one in rounds:
+        for name in asked:
+            steps[name](one)
 
 
 if __name__ == "__main__":

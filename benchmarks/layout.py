@@ -22,12 +22,10 @@ inputs and outputs. All subjects of a table run in turn, round by round.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +36,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 WORK = HERE / ".work/layout"
 RESULTS = HERE / "results"
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-LEGACY_SOURCES = "[EDGE_MASK_CONVOLUTIONS, JIT_CONVOLUTIONS]"
-"""Of TensorRT 8.5: those that need no cuBLAS and cuDNN, which newer machines do not have in its versions."""
+from gpu_steps import LEGACY_SOURCES, Limit, gpuopt, run, say, table, together  # noqa: E402
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INPUT = "x"
 ROUNDS = 15
@@ -101,6 +99,7 @@ class Bench:
     engines: tuple[Engine, ...]
     jobs: int
     seconds: float
+    limit: Limit
 
     def home(self, network: Network) -> Path:
         return self.folder / network.name
@@ -112,43 +111,13 @@ class Bench:
         return self.home(network) / f"engine-{engine.name.replace(',', '').replace(' ', '-')}.gpuopt"
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def run(command: Sequence[str | Path], log: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(HERE.parent), str(HERE / "peers"), os.environ.get("PYTHONPATH"))))
-    started = time.monotonic()
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(" ".join(map(str, command)) + "\n" + done.stderr + done.stdout)
-    last = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-    say(f"{log.parent.name}/{log.stem}: {time.monotonic() - started:.0f} s, code {done.returncode} {' '.join(last)}")
-    return done
-
-
-def gpuopt(*arguments: str | Path) -> list[str | Path]:
-    return [sys.executable, "-m", "gpuopt", *arguments]
-
-
-def together(jobs: int, steps: Sequence[Callable[[], object]]) -> None:
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(step) for step in steps]:
-            future.result()
-
-
 # prepare ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(bench: Bench) -> None:
     """A bundle in FP16 for every form, with a graph for TensorRT 8.5 and for ONNX Runtime's CUDA provider."""
-    together(
-        bench.jobs,
-        [lambda n=n, form=form: _compile(bench, n, form, "fp16") for n in bench.networks for form in FORMS],
-    )
+    steps = [lambda n=n, form=form: _compile(bench, n, form, "fp16") for n in bench.networks for form in FORMS]
+    together(bench.jobs, bench.limit, steps)
 
 
 def _flags(network: Network, form: str) -> list[str]:
@@ -328,7 +297,7 @@ def _rtx(bench: Bench, network: Network) -> list[dict[str, Any]]:
     wanted += [("float nhwc", ""), ("bytes nhwc", ""), ("bytes nchw", ""), ("bytes nchw", "uint8:hwc")]
     for form, asked in wanted:
         chosen = ("--io-format", f"{INPUT}={asked}") if asked else ()
-        done = run(
+        text = run(
             gpuopt(
                 "compile", network.factory, "-p", "fp16", "--input", f"{INPUT}:{network.size()}",
                 *_flags(network, form), *chosen, "-t", "tensorrt-rtx", "-o", bench.home(network) / "rtx.gpuopt",
@@ -336,7 +305,7 @@ def _rtx(bench: Bench, network: Network) -> list[dict[str, Any]]:
             ),
             bench.home(network) / "rtx.log",
         )  # fmt: skip
-        report = json.loads(done.stdout) if done.stdout else {}
+        report = json.loads(text) if text else {}
         stages = {s["name"]: s["facts"] for s in report.get("stages", [])}
         sqnr = [row["sqnr_db"] for row in (report.get("verification") or {}).get("outputs", []) if row["sqnr_db"]]
         rows.append(
@@ -354,7 +323,8 @@ def _rtx(bench: Bench, network: Network) -> list[dict[str, Any]]:
 
 def build(bench: Bench) -> None:
     """Every engine; a bundle is copied for each, since `gpuopt build` puts the engine into it."""
-    together(bench.jobs, [lambda n=n, e=e: _build(bench, n, e) for n in bench.networks for e in bench.engines])
+    steps = [lambda n=n, e=e: _build(bench, n, e) for n in bench.networks for e in bench.engines]
+    together(bench.jobs, bench.limit, steps)
 
 
 def _build(bench: Bench, network: Network, engine: Engine) -> None:
@@ -370,8 +340,8 @@ def _build(bench: Bench, network: Network, engine: Engine) -> None:
         formats |= {spec.name: engine.output for spec in reference.load(source / "reference").outputs}
     written = json.dumps({name: text for name, text in formats.items() if text})
     version = environment.tensorrt_version()
-    sources = ("--set", f"build.tactic_sources={LEGACY_SOURCES}") if version and version[0] == 8 else ()
-    done = run(
+    sources = ("--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]") if version and version[0] == 8 else ()
+    text = run(
         gpuopt(
             "build", folder, "-t", "tensorrt", "--set", f"build.io_formats={written}", *sources,
             "--set", "verify.min_cosine=0.99", "--set", "verify.min_sqnr_db=0",
@@ -379,14 +349,14 @@ def _build(bench: Bench, network: Network, engine: Engine) -> None:
         ),
         folder.with_suffix(".log"),
     )  # fmt: skip
-    folder.with_suffix(".json").write_text(done.stdout)
+    folder.with_suffix(".json").write_text(text)
 
 
 def measure(bench: Bench) -> None:
     """Engines in turn, as CUDA graphs: compute alone, then end to end."""
     for network in bench.networks:
         told = bench.home(network) / "tensorrt.json"
-        if not told.is_file():
+        if not told.is_file() and not bench.limit.reached():
             try:
                 told.write_text(json.dumps(_measure(bench, network), indent=1))
             except Exception as error:  # one figure less, and the reason for it
@@ -540,7 +510,7 @@ def ort(bench: Bench) -> None:
     onnxruntime.preload_dlls()
     for network in bench.networks:
         told = bench.home(network) / "ort.json"
-        if told.is_file():
+        if told.is_file() or bench.limit.reached():
             continue
         raw, rows = pixels(network), dict[str, dict[str, Any]]()
         alone: dict[str, Callable[[], object]] = {}
@@ -652,7 +622,7 @@ def torch_step(bench: Bench) -> None:
     sys.path.insert(0, str(HERE / "peers"))
     for network in bench.networks:
         told = bench.home(network) / "torch.json"
-        if told.is_file():
+        if told.is_file() or bench.limit.reached():
             continue
         module, _, factory = network.factory.partition(":")
         floats = torch.from_numpy(by_hand(pixels(network))).cuda().half()
@@ -738,7 +708,7 @@ def _cpu_table(found: Mapping[str, Any]) -> str:
     told = ", ".join(f"{form} {_difference(value)}" for form, value in found["largest_difference"].items())
     about = f"{found['machine']}; onnxruntime {found['onnxruntime']}, torch {found['torch']}, FP32, batch 1. "
     about += f"Largest difference to float nchw, of the largest output: {told}."
-    return _table(("what", "ms", "MiB in and out", "nodes in ONNX Runtime's own layouts"), rows) + "\n\n" + about
+    return table(("what", "ms", "MiB in and out", "nodes in ONNX Runtime's own layouts"), rows) + "\n\n" + about
 
 
 def _rtx_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -749,7 +719,7 @@ def _rtx_table(found: Sequence[Mapping[str, Any]]) -> str:
         sqnr = f"{row['lowest_sqnr_db']:.1f}" if row["lowest_sqnr_db"] else ""
         state = "built" if row["status"] == "passed" else row["status"]
         rows.append((row["form"], row["format"], state, _mib(row["engine_bytes"]), told, sqnr))
-    return _table(("form", "input's format", "engine", "MiB", "Transposes", "SQNR of the graph, dB"), rows)
+    return table(("form", "input's format", "engine", "MiB", "Transposes", "SQNR of the graph, dB"), rows)
 
 
 def _gpu_table(found: Mapping[str, Any]) -> str:
@@ -769,12 +739,7 @@ def _gpu_table(found: Mapping[str, Any]) -> str:
     about = f"{found.get('gpu', '')} {found['library']}.".strip()
     if "by_hand_on_the_cpu" in found:
         about += f" Bytes to floats by hand in numpy, on the CPU: {_time(found['by_hand_on_the_cpu'])} ms."
-    return _table(head, rows) + "\n\n" + about
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, rows) + "\n\n" + about
 
 
 def main() -> None:
@@ -782,17 +747,20 @@ def main() -> None:
     parser.add_argument("steps", nargs="*", help="prepare, cpu, build, measure, ort, torch, tables")
     parser.add_argument("--folder", type=Path, default=WORK)
     names, engines = [network.name for network in NETWORKS], [engine.name for engine in ENGINES]
-    parser.add_argument("--network", action="append", choices=names, help="repeatable; default: all")
+    parser.add_argument("--network", action="append", choices=names, help="repeatable, in this order; default: all")
+    parser.add_argument("--begin-within", type=float, metavar="SECONDS", help="no new build or measurement after that")
     parser.add_argument("--engine", action="append", choices=engines, help="repeatable; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
     options = parser.parse_args()
+    by_name = {network.name: network for network in NETWORKS}
     bench = Bench(
         options.folder.resolve(),
-        tuple(network for network in NETWORKS if network.name in (options.network or names)),
+        tuple(by_name[name] for name in options.network or names),
         tuple(engine for engine in ENGINES if engine.name in (options.engine or engines)),
         options.jobs,
         options.seconds,
+        Limit(options.begin_within),
     )
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "cpu": cpu, "build": build, "measure": measure, "ort": ort, "torch": torch_step,
