@@ -627,7 +627,7 @@ def analyze(
     quiet: QuietFlag = False,
 ) -> None:
     """Show which layers cost accuracy in INT8, each quantized alone."""
-    from gpuopt import request, time_limit
+    from gpuopt import drawing, request, time_limit
     from gpuopt.analysis import analyze_model, write
     from gpuopt.report import plot as plotting
 
@@ -659,7 +659,7 @@ def analyze(
         analyze_samples=samples,
     )
     if plot is not None:
-        plotting.check(plot)
+        drawing.check(plot, plotting.SUFFIXES)
     with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
@@ -1272,11 +1272,12 @@ def plan_batching(
     quiet: QuietFlag = False,
 ) -> None:
     """Choose Triton's batching settings for a load and a latency target, by simulation."""
+    from gpuopt import drawing
     from gpuopt.batching import command, flags, report
     from gpuopt.batching import plot as plotting
 
     if plot is not None:
-        plotting.check(plot)
+        drawing.check(plot, plotting.SUFFIXES)
     asked = flags.request(
         latencies,
         flags.Load(rate, _value(distribution), burstiness, trace),

@@ -143,7 +143,7 @@ def shown(value: float, unit: str) -> str:
 
 
 def _bytes(size: float) -> str:
-    """A size, or a difference of sizes, in binary units."""
+    """A size, or a difference of sizes, in binary units, with the digits that tell a value from its limit."""
     units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
     unit, divisor = next(((name, one) for name, one in units if abs(size) >= one), ("B", 1))
     return f"{size / divisor:.4g} {unit}"

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from gpuopt import environment
+from gpuopt import drawing
 from gpuopt.batching.report import PlanReport
-from gpuopt.errors import UsageError
 from gpuopt.storage import write_bytes
 
 SUFFIXES = (".svg", ".png")
 _SERIES = (("p50_ms", "p50", "-"), ("p95_ms", "p95", "--"), ("p99_ms", "p99", ":"))
 _HEADROOM = 3.0
-
-
-def check(path: Path) -> None:
-    """Refuse at once what could not be plotted at the end.
-
-    Raises:
-        UsageError: the file's kind is unknown.
-        RequirementError: matplotlib is missing.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: the kind of file is unknown", f"End it in {' or '.join(SUFFIXES)}.")
-    environment.require("matplotlib", "a plot")
 
 
 def save(plan: PlanReport, path: Path) -> None:
@@ -33,12 +19,10 @@ def save(plan: PlanReport, path: Path) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    kind = path.suffix.lower().removeprefix(".")
     rates = [point.rate for point in plan.load_range]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpuopt"}):
+    with drawing.style():
         figure = Figure(figsize=(8, 7), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         for key, label, style in _SERIES:
@@ -61,6 +45,5 @@ def save(plan: PlanReport, path: Path) -> None:
             axes.grid(visible=True, alpha=0.3)
             axes.legend(loc="upper left", fontsize=8)
         upper.set_title("gray: this load, green: the knee, red: the most that holds the target", fontsize=9)
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    write_bytes(path, stream.getvalue())
+        drawn = drawing.content(figure, path.suffix.lower().removeprefix("."))
+    write_bytes(path, drawn)

@@ -16,6 +16,7 @@ from gpuopt.comparing.words import (
     name_of,
     verdict_text,
 )
+from gpuopt.report.markdown import escaped
 
 HEAD = ("figure", "old", "new", "change", "allowed", "verdict")
 _TITLES = {
@@ -111,7 +112,4 @@ def _marked(row: Row) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    text = clean(text)
-    for character in "\\`*_[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return escaped(clean(text)).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from gpuopt.report.model import BenchmarkReport, Estimate, Report
 
 _MOST_ROWS = 30
 _MOST_NAMES = 5
+_UNDERSCORE = re.compile(r"(?<!\w)_|_(?!\w)")
 
 
 def render(report: Report) -> str:
@@ -456,6 +458,8 @@ def escaped(text: str) -> str:
     """Text in which nothing is Markdown or HTML, and nobody is mentioned; bars are escaped with the cells."""
     for character in "\\`*[]<>":
         text = text.replace(character, f"\\{character}")
+    # Within a word it is only itself (CommonMark 0.31, section 6.2).
+    text = _UNDERSCORE.sub(r"\_", text)
     return text.replace("@", "@\N{WORD JOINER}")
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpuopt import environment
-from gpuopt.errors import UsageError
+from gpuopt import drawing
 from gpuopt.storage import write_bytes, write_text
 
 SUFFIXES = (".svg", ".png", ".html")
@@ -19,18 +17,6 @@ _SERIES = (
     ("accumulated_sqnr_db", "its own output, whole model quantized", "^"),
 )
 _INCHES_A_NODE = 0.2
-
-
-def check(path: Path) -> None:
-    """Refuse at once what could not be plotted after minutes of work.
-
-    Raises:
-        UsageError: the file's kind is unknown.
-        RequirementError: matplotlib is missing.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: the kind of file is unknown", f"End it in {', '.join(SUFFIXES)}.")
-    environment.require("matplotlib", "a plot")
 
 
 def save(found: Mapping[str, Any], path: Path) -> None:
@@ -57,13 +43,11 @@ def save(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _drawn(found: Mapping[str, Any], kind: str) -> bytes:
-    import matplotlib
     from matplotlib.figure import Figure
 
     layers = sorted(found["layers"], key=lambda layer: layer["position"])
     places = range(len(layers))
-    # Text as text: names can be searched in the SVG. The salt makes equal plots equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpuopt"}):
+    with drawing.style():
         figure = Figure(figsize=(9, 2 + _INCHES_A_NODE * len(layers)), layout="constrained")
         axes = figure.subplots()
         for key, label, marker in _SERIES:
@@ -76,6 +60,4 @@ def _drawn(found: Mapping[str, Any], kind: str) -> bytes:
         axes.set_xlabel("SQNR against FP32, dB (more is better)")
         axes.grid(visible=True, alpha=0.3)
         figure.legend(loc="outside upper center", ncols=1, fontsize=8)
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return stream.getvalue()
+        return drawing.content(figure, kind)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
+from gpuopt import drawing
 from gpuopt.sweep.results import EXACT_DB, Row, cost, has_latencies
 
 _MARKERS = "osD^vP*X"
@@ -16,14 +16,12 @@ def draw(rows: Sequence[Row]) -> bytes | None:
     if not drawn:
         return None
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         return None
     models = list(dict.fromkeys(row.model for row in drawn))
     labels = list(dict.fromkeys(f"{row.precision}, {row.target_label}" for row in drawn))
-    # Text as text, and equal rows give equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpuopt"}):
+    with drawing.style():
         figure = Figure(figsize=(8, 1 + 3.2 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), squeeze=False)[:, 0]
         for axes, model in zip(panels, models, strict=True):
@@ -46,9 +44,7 @@ def draw(rows: Sequence[Row]) -> bytes | None:
             axes.set_ylabel("lowest SQNR, dB")
             axes.grid(visible=True, alpha=0.3)
             axes.legend(fontsize=7)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()
+        return drawing.content(figure, "svg")
 
 
 def _accuracy(row: Row) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gpuopt import environment
+from gpuopt import environment, time_limit
+from gpuopt.errors import TimeLimitError
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Silent
 
@@ -76,3 +77,17 @@ def test_nobody_waits_without_a_gpu_or_a_place_for_the_lock(folder: Path, monkey
     with gpu_turn(Silent()) as waited:
         assert waited == 0
     assert not folder.exists()
+
+
+def test_the_time_limit_ends_the_waiting(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    first = context.Process(target=_hold, args=(started, 600))
+    first.start()
+    started.wait(10)
+    before = time.monotonic()
+    with pytest.raises(TimeLimitError), time_limit.within(0.2), gpu_turn(Silent()):
+        pass
+    assert time.monotonic() - before < 5
+    first.kill()
+    first.join()

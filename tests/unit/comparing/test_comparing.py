@@ -238,7 +238,7 @@ def test_a_run_that_failed_is_worse() -> None:
 
 
 def test_names_in_the_page_and_in_tables_are_escaped() -> None:
-    name = "<script>alert('x')</script>|\x1b[31m**\n| a"
+    name = "<script>alert('x')</script>|\x1b[31m**\n| a @everyone _b_ c_d"
     old, new = report(output=name), report(output=name, sqnr_db=20.0)
     answer = compared(old, new)
     assert answer.error is not None
@@ -252,6 +252,8 @@ def test_names_in_the_page_and_in_tables_are_escaped() -> None:
     table = render.markdown(found)
     assert "<script" not in table.replace("\\<", "")
     assert "\x1b" not in table + render.terminal(found)
+    assert "@everyone" not in table
+    assert "\\_b\\_ c_d" in table
     assert {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")} == {7}
 
 
