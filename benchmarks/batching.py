@@ -467,7 +467,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Written by `python benchmarks/batching.py`, whose first lines say what is measured and how. "
         f"{found['server']}; {found['machine']}; {found['requests']} requests in each replay"
-        f"{'; server and client in the real-time class of a busy machine' if found['real_time'] else ''}.",
+        f"{'; server and client in the real-time class of the scheduler' if found['real_time'] else ''}.",
         "",
         f"{within} of {len(rows)} settings have p50 and p99 within {ALLOWED:.0%}.",
         "",
