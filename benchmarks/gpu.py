@@ -38,7 +38,7 @@ WORK = HERE / ".work/gpu"
 RESULTS = HERE / "results"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from gpu_steps import LEGACY_SOURCES, Limit, gpuopt, run, say, table, together  # noqa: E402
+from gpu_steps import LEGACY_SOURCES, Limit, gpuopt, has_tensorrt_8, legacy_flags, run, say, table, together  # noqa: E402
 
 CUBLAS_SOURCES = ("CUBLAS", "CUBLAS_LT")
 
@@ -125,6 +125,7 @@ class Bench:
     groups: tuple[str, ...]
     baselines: tuple[str, ...]
     limit: Limit
+    legacy: bool
 
     def home(self, network: Network) -> Path:
         return self.folder / network.name
@@ -166,7 +167,7 @@ def _prepare(bench: Bench, network: Network) -> None:
         folder = home / f"{precision}.gpuopt"
         if folder.is_dir():
             continue
-        flags = ("--opset", "17", "--set", "export.exporters=[torchscript]", "--set", "build.legacy=true")
+        flags = ("--set", "export.exporters=[torchscript]", *legacy_flags(bench.legacy))
         run(
             gpuopt(
                 "compile", *model, "-p", precision, "--no-build", "-t", "tensorrt", "-o", folder, *network.shapes(),
@@ -203,10 +204,7 @@ def build(bench: Bench) -> None:
 
 
 def _sources(network: Network) -> list[str]:
-    from gpuopt import environment
-
-    version = environment.tensorrt_version()
-    if version is None or version[0] != 8:
+    if not has_tensorrt_8():
         return []
     legacy = LEGACY_SOURCES if network.jit else LEGACY_SOURCES[:1]
     sources = (*legacy, *(CUBLAS_SOURCES if _has_cublas() else ()))
@@ -592,6 +590,7 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=names, help="repeatable, in this order; default: all")
     parser.add_argument("--one-by-one", action="store_true", help="all steps of a network before the next network's")
     parser.add_argument("--begin-within", type=float, metavar="SECONDS", help="no new build or measurement after that")
+    parser.add_argument("--legacy", action="store_true", help="prepare for TensorRT 8.5 or 8.6")
     parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
     parser.add_argument("--group", action="append", help="of measure: race, accuracy, bench, auto, profile; repeatable")
@@ -608,7 +607,9 @@ def main() -> None:
     groups = tuple(options.group or ("auto", "race", "distance", "accuracy", "bench", "profile"))
     kinds = tuple(options.baseline or ())
     limit = Limit(options.begin_within)
-    bench = Bench(options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds, limit)
+    bench = Bench(
+        options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds, limit, options.legacy
+    )
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
         "tables": tables,

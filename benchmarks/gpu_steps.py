@@ -53,6 +53,27 @@ def run(command: Sequence[str | Path], log: Path) -> str:
     return done.stdout
 
 
+def legacy_flags(legacy: bool) -> tuple[str, ...]:
+    """What `gpuopt compile` needs for a bundle whose engine TensorRT 8.5 or 8.6 will build, or a newer one."""
+    return ("--opset", "17", "--set", "build.legacy=true") if legacy else ()
+
+
+def has_tensorrt_8() -> bool:
+    from gpuopt import environment
+
+    found = environment.tensorrt_version()
+    return found is not None and found[0] == 8
+
+
+def gpu_name() -> str:
+    """As the driver tells it; empty without one."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def gpuopt(*arguments: str | Path) -> list[str | Path]:
     """The command line of this Python's gpuopt."""
     return [sys.executable, "-m", "gpuopt", *arguments]

@@ -38,7 +38,18 @@ WORK = HERE / ".work/layout"
 RESULTS = HERE / "results"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from gpu_steps import LEGACY_SOURCES, Limit, gpuopt, run, say, table, together  # noqa: E402
+from gpu_steps import (  # noqa: E402
+    LEGACY_SOURCES,
+    Limit,
+    gpu_name,
+    gpuopt,
+    has_tensorrt_8,
+    legacy_flags,
+    run,
+    say,
+    table,
+    together,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INPUT = "x"
@@ -100,6 +111,7 @@ class Bench:
     jobs: int
     seconds: float
     limit: Limit
+    legacy: bool
 
     def home(self, network: Network) -> Path:
         return self.folder / network.name
@@ -115,7 +127,7 @@ class Bench:
 
 
 def prepare(bench: Bench) -> None:
-    """A bundle in FP16 for every form, with a graph for TensorRT 8.5 and for ONNX Runtime's CUDA provider."""
+    """A bundle in FP16 for every form, with a graph for TensorRT and for ONNX Runtime's CUDA provider."""
     steps = [lambda n=n, form=form: _compile(bench, n, form, "fp16") for n in bench.networks for form in FORMS]
     together(bench.jobs, bench.limit, steps)
 
@@ -135,7 +147,7 @@ def _compile(bench: Bench, network: Network, form: str, precision: str) -> None:
     folder = bench.bundle(network, form, precision)
     if folder.is_dir():
         return
-    target = ("-t", "tensorrt", "--no-build", "--opset", "17", "--set", "build.legacy=true")
+    target = ("-t", "tensorrt", "--no-build", *legacy_flags(bench.legacy))
     if precision != "fp16":
         target = ("-t", "onnxruntime")
     run(
@@ -151,15 +163,23 @@ def _compile(bench: Bench, network: Network, form: str, precision: str) -> None:
 # what is timed ------------------------------------------------------------------------------------------------------
 
 
-def in_turn(subjects: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of a call: median, lowest and highest of the rounds, by name."""
+def in_turn(
+    subjects: Mapping[str, Callable[[], object]], seconds: float, wait: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call: median, lowest and highest of the rounds, by name.
+
+    Args:
+        wait: for all that the calls began; once a round.
+    """
     counts = {}
     for name, call in subjects.items():
         started = time.perf_counter()
         while time.perf_counter() - started < 0.5:
             call()
+            wait()
         started = time.perf_counter()
         call()
+        wait()
         once = max(time.perf_counter() - started, 1e-6)
         counts[name] = max(1, min(1000, int(seconds / ROUNDS / len(subjects) / once)))
     taken: dict[str, list[float]] = {name: [] for name in subjects}
@@ -167,9 +187,11 @@ def in_turn(subjects: Mapping[str, Callable[[], object]], seconds: float) -> dic
         for name, call in subjects.items():
             # Threads of the subject before may still be spinning, and would take half of a small machine.
             call()
+            wait()
             started = time.perf_counter()
             for _ in range(counts[name]):
                 call()
+            wait()
             taken[name].append((time.perf_counter() - started) / counts[name] * 1000)
     return {n: {"ms": statistics.median(t), "lowest": min(t), "highest": max(t)} for n, t in taken.items()}
 
@@ -333,14 +355,13 @@ def _build(bench: Bench, network: Network, engine: Engine) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
-    from gpuopt import environment, reference
+    from gpuopt import reference
 
     formats = {INPUT: engine.input}
     if network.is_dense:
         formats |= {spec.name: engine.output for spec in reference.load(source / "reference").outputs}
     written = json.dumps({name: text for name, text in formats.items() if text})
-    version = environment.tensorrt_version()
-    sources = ("--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]") if version and version[0] == 8 else ()
+    sources = ("--set", f"build.tactic_sources=[{', '.join(LEGACY_SOURCES)}]") if has_tensorrt_8() else ()
     text = run(
         gpuopt(
             "build", folder, "-t", "tensorrt", "--set", f"build.io_formats={written}", *sources,
@@ -374,7 +395,7 @@ def _measure(bench: Bench, network: Network) -> dict[str, Any]:
     from gpuopt.bench.subjects import ALL_PARTS, EngineSubject
     from gpuopt.cuda.device import Device
 
-    raw, rows = pixels(network), dict[str, dict[str, Any]]()
+    raw, rows, library = pixels(network), dict[str, dict[str, Any]](), ""
     with Device() as device, ExitStack() as stack:
         alone: dict[str, Any] = {}
         whole: dict[str, Any] = {}
@@ -384,7 +405,9 @@ def _measure(bench: Bench, network: Network) -> dict[str, Any]:
             if not files:
                 rows[engine.name] = {"failed": _why(bench.engine(network, engine).with_suffix(".json"))}
                 continue
-            loaded = stack.enter_context(LoadedEngine.open(files[0], device, engine_record.read(files[0])))
+            record = engine_record.read(files[0])
+            library = record.library_version
+            loaded = stack.enter_context(LoadedEngine.open(files[0], device, record))
             shapes = {name: bounds.opt for name, bounds in loaded.profiles[0].items()}
             value = in_form(engine.form, raw).astype(loaded.inputs[0].dtype)
             execution = stack.enter_context(loaded.execution(shapes))
@@ -413,7 +436,7 @@ def _measure(bench: Bench, network: Network) -> dict[str, Any]:
         both = race(whole, seconds=bench.seconds)
         alone.clear()
         whole.clear()
-        gpu, library = device.name, _version("tensorrt")
+        gpu = device.name
     for name, row in rows.items():
         for key, result in (("compute", found), ("end_to_end", both)):
             if name in result.milliseconds:
@@ -423,7 +446,10 @@ def _measure(bench: Bench, network: Network) -> dict[str, Any]:
             wanted = answers["fp32 linear"]
             row["largest_difference"] = float(np.abs(answers[name] - wanted).max() / np.abs(wanted).max())
     prepared = in_turn({"numpy": lambda: by_hand(raw)}, 1.0)["numpy"]
-    return {"gpu": gpu, "library": f"TensorRT {library}", "rows": rows, "by_hand_on_the_cpu": prepared}
+    return {
+        "gpu": gpu, "library": f"TensorRT {library}", "rows": rows, "by_hand_on_the_cpu": prepared,
+        "compute_alone": "CUDA graphs back to back, by the GPU's events",
+    }  # fmt: skip
 
 
 def _why(told: Path) -> str:
@@ -453,6 +479,8 @@ class _KernelInFront:
         import pycuda.driver as driver
         from pycuda.compiler import SourceModule
 
+        from gpuopt.cuda.graph import Graph
+
         self._execution, self._driver = execution, driver
         self._raw = driver.pagelocked_empty(raw.shape, np.uint8)
         self._raw[...] = raw
@@ -463,6 +491,10 @@ class _KernelInFront:
         self._total = int(np.prod(raw.shape[:3]))
         self._sizes = (np.int32(raw.shape[1] * raw.shape[2]), np.int32(self._total))
         self._target = np.intp(execution._buffers[INPUT].address)
+        self._put_on_the_stream()
+        execution.wait()
+        # A graph, as all others of its table are.
+        self._graph = Graph.capture(execution._loaded.device, execution.stream, self._put_on_the_stream)
 
     def bytes_moved(self) -> dict[str, int]:
         outputs = sum(array.nbytes for array in self._execution.outputs.values())
@@ -470,10 +502,14 @@ class _KernelInFront:
 
     def close(self) -> None:
         """Give memory back while there is a context to give it back to."""
+        self._graph.close()
         self._bytes.free()
         self._kernel = self._module = self._raw = None
 
     def enqueue(self) -> None:
+        self._graph.launch(self._execution.stream)
+
+    def _put_on_the_stream(self) -> None:
         stream = self._execution.stream
         self._driver.memcpy_htod_async(self._bytes, self._raw, stream._stream)
         blocks = (min(4096, -(-self._total // 256)), 1)
@@ -500,64 +536,110 @@ class _KernelInFront:
 
 def ort(bench: Bench) -> None:
     """FP16, NCHW against `prefer_nhwc`, with CUDA graphs; compute alone and end to end from host memory."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        say(f"onnxruntime {onnxruntime.__version__} has no CUDA execution provider: install onnxruntime-gpu")
+        return
+    _one_process_each("ort", _ort_of, bench)
+
+
+def _one_process_each(step: str, measure_one: Callable[[Bench, Network], dict[str, Any]], bench: Bench) -> None:
+    """Each network in a process of its own: a library that ends it takes one network along, and none sees the last."""
+    for network in bench.networks:
+        told = bench.home(network) / f"{step}.json"
+        if told.is_file() or bench.limit.reached():
+            continue
+        if len(bench.networks) > 1:
+            asked = ("--folder", bench.folder, "--network", network.name, "--seconds", str(bench.seconds))
+            run([sys.executable, Path(__file__), step, *asked], told.with_suffix(".log"))
+            continue
+        found = measure_one(bench, network)
+        if any("compute" in row for row in found["rows"].values()):
+            told.parent.mkdir(parents=True, exist_ok=True)
+            told.write_text(json.dumps(found, indent=1))
+            say(f"{network.name}/{step} done")
+        else:
+            say(f"{network.name}/{step}: nothing was measured: {found['rows']}")
+
+
+def _timed(
+    rows: dict[str, dict[str, Any]], key: str, subjects: Mapping[str, Callable[[], object]], seconds: float,
+    wait: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Add the times of the subjects to their rows; one that fails is left out of the turns."""
+    able = {}
+    for name, call in subjects.items():
+        try:
+            call()
+            wait()
+            able[name] = call
+        except Exception as error:  # one figure less, and the reason for it
+            rows[name]["failed"] = repr(error)[:300]
+    for name, times in in_turn(able, seconds, wait).items():
+        rows[name][key] = times
+
+
+def _ort_of(bench: Bench, network: Network) -> dict[str, Any]:
     import numpy as np
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        say(f"onnxruntime {onnxruntime.__version__} has no CUDA execution provider: install onnxruntime-gpu")
-        return
     onnxruntime.preload_dlls()
-    for network in bench.networks:
-        told = bench.home(network) / "ort.json"
-        if told.is_file() or bench.limit.reached():
-            continue
-        raw, rows = pixels(network), dict[str, dict[str, Any]]()
-        alone: dict[str, Callable[[], object]] = {}
-        whole: dict[str, Callable[[], object]] = {}
-        answers: dict[str, Any] = {}
-        for form in ("float nchw", "float nhwc", "bytes nhwc"):
-            model = bench.bundle(network, form, "fp16") / "model.onnx"
-            for nhwc in (False, True):
-                for graph in (False, True):
-                    name = f"{form}, {'NHWC' if nhwc else 'NCHW'} kernels{', CUDA graph' if graph else ''}"
-                    try:
-                        one = _OrtSubject(model, in_form(form, raw), nhwc, graph)
-                    except Exception as error:  # one figure less, and the reason for it
-                        rows[name] = {"failed": repr(error)[:300]}
-                        continue
+    raw, rows = pixels(network), dict[str, dict[str, Any]]()
+    alone: dict[str, Callable[[], object]] = {}
+    whole: dict[str, Callable[[], object]] = {}
+    answers: dict[str, Any] = {}
+    for form in ("float nchw", "float nhwc", "bytes nhwc"):
+        model = bench.bundle(network, form, "fp16") / "model.onnx"
+        for nhwc in (False, True):
+            plain: _OrtSubject | None = None
+            for graph in (False, True):
+                name = f"{form}, {'NHWC' if nhwc else 'NCHW'} kernels{', CUDA graph' if graph else ''}"
+                try:
+                    if graph and plain is None:
+                        raise RuntimeError("it does not run without a graph")
+                    one = _OrtSubject(model, in_form(form, raw), nhwc, plain)
+                    plain = plain or one
                     answers[name] = one.answer().astype(np.float64)
-                    if network.is_dense and form.endswith("nhwc"):
-                        answers[name] = np.moveaxis(answers[name], -1, 1)
-                    alone[name], whole[name] = one.compute, one.end_to_end
-                    rows[name] = {"bytes": one.bytes, "input_bytes": one.input_bytes, "nhwc_nodes": one.nhwc_nodes}
-        for key, subjects in (("compute", alone), ("end_to_end", whole)):
-            for name, times in in_turn(subjects, bench.seconds * 2).items():
-                rows[name][key] = times
-        wanted = answers.get("float nchw, NCHW kernels")
-        if wanted is not None:
-            for name, found in answers.items():
-                rows[name]["largest_difference"] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
-        told.write_text(json.dumps({"library": f"onnxruntime {onnxruntime.__version__}", "rows": rows}, indent=1))
-        say(f"{network.name}/ort done")
+                except Exception as error:  # one figure less, and the reason for it
+                    rows[name] = {"failed": repr(error)[:300]}
+                    continue
+                if network.is_dense and form.endswith("nhwc"):
+                    answers[name] = np.moveaxis(answers[name], -1, 1)
+                alone[name], whole[name] = one.compute, one.end_to_end
+                rows[name] = {"bytes": one.bytes, "input_bytes": one.input_bytes, "nhwc_nodes": one.nhwc_nodes}
+    _timed(rows, "compute", alone, bench.seconds * 2)
+    _timed(rows, "end_to_end", whole, bench.seconds * 2)
+    wanted = answers.get("float nchw, NCHW kernels")
+    if wanted is not None:
+        for name, found in answers.items():
+            rows[name]["largest_difference"] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    return {
+        "gpu": gpu_name(), "library": f"onnxruntime {onnxruntime.__version__}", "rows": rows,
+        "compute_alone": "back to back; ONNX Runtime waits at the end of each call",
+    }  # fmt: skip
 
 
 class _OrtSubject:
-    """A session with its input and outputs on the GPU."""
+    """A session with its input and outputs on the GPU.
 
-    def __init__(self, model: Path, value: Any, nhwc: bool, graph: bool) -> None:
+    Args:
+        plain: the same without a CUDA graph; with it, this one has a graph. The first run of a session with a graph is
+            the one that is captured, with the addresses it has, so that it cannot be asked for its outputs' shapes.
+    """
+
+    def __init__(self, model: Path, value: Any, nhwc: bool, plain: _OrtSubject | None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         provider = {
             "prefer_nhwc": "1" if nhwc else "0",
-            "enable_cuda_graph": "1" if graph else "0",
+            "enable_cuda_graph": "0" if plain is None else "1",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
         }
         providers = [("CUDAExecutionProvider", provider)]
-        # A CUDA graph is of the same nodes.
-        self.nhwc_nodes = None if graph else _nhwc_nodes(model, providers)
         self._session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         if self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeError("the CUDA execution provider does not start")
@@ -566,13 +648,16 @@ class _OrtSubject:
         name = self._session.get_inputs()[0].name
         self._input = onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0)
         self._binding.bind_ortvalue_input(name, self._input)
+        # A CUDA graph is of the same nodes.
+        self.nhwc_nodes = _nhwc_nodes(model, providers) if plain is None else plain.nhwc_nodes
+        found = self._session.run(None, {name: value}) if plain is None else plain.end_to_end()
         self._outputs = []
-        for output, found in zip(self._session.get_outputs(), self._session.run(None, {name: value}), strict=True):
-            made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(found.shape), found.dtype, "cuda", 0)
+        for output, array in zip(self._session.get_outputs(), found, strict=True):
+            made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, "cuda", 0)
             self._binding.bind_ortvalue_output(output.name, made)
             self._outputs.append(made)
         self.input_bytes = value.nbytes
-        self.bytes = value.nbytes + sum(output.numpy().nbytes for output in self._outputs)
+        self.bytes = value.nbytes + sum(array.nbytes for array in found)
         for _ in range(3):
             self.compute()
 
@@ -589,7 +674,7 @@ class _OrtSubject:
 
 
 def _nhwc_nodes(model: Path, providers: Any) -> int | None:
-    """Nodes in ONNX Runtime's own NHWC domain; None where the optimized graph cannot be written or read."""
+    """Nodes in ONNX Runtime's own NHWC domain; None where the optimized graph cannot be written."""
     import tempfile
 
     import onnxruntime
@@ -599,14 +684,17 @@ def _nhwc_nodes(model: Path, providers: Any) -> int | None:
     with tempfile.TemporaryDirectory() as scratch:
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         try:
-            import onnx
-
             onnxruntime.InferenceSession(str(model), options, providers=providers)
-            nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
-        except Exception as error:  # onnx may be missing, and not every graph can be written
+            content = Path(options.optimized_model_filepath).read_bytes()
+        except Exception as error:  # not every graph can be written
             say(f"{model.parent.name}: its optimized graph cannot be looked into: {error!r}"[:200])
             return None
-    return sum(node.domain == "com.ms.internal.nhwc" for node in nodes)
+    return nodes_of_domain(content, "com.ms.internal.nhwc")
+
+
+def nodes_of_domain(content: bytes, domain: str) -> int:
+    """Nodes of a serialized graph in a domain, without onnx: NodeProto has it as field 7, a string (tag 0x3a)."""
+    return content.count(b"\x3a" + bytes([len(domain)]) + domain.encode())
 
 
 # torch: PyTorch on a GPU --------------------------------------------------------------------------------------------
@@ -619,34 +707,45 @@ def torch_step(bench: Bench) -> None:
     if not torch.cuda.is_available():
         say("torch finds no NVIDIA GPU")
         return
+    _one_process_each("torch", _torch_of, bench)
+
+
+def _torch_of(bench: Bench, network: Network) -> dict[str, Any]:
+    import torch
+
     sys.path.insert(0, str(HERE / "peers"))
-    for network in bench.networks:
-        told = bench.home(network) / "torch.json"
-        if told.is_file() or bench.limit.reached():
-            continue
-        module, _, factory = network.factory.partition(":")
-        floats = torch.from_numpy(by_hand(pixels(network))).cuda().half()
-        subjects: dict[str, Callable[[], object]] = {}
-        for layout, kind in (("NCHW", torch.contiguous_format), ("channels last", torch.channels_last)):
-            model = getattr(__import__(module, fromlist=[factory]), factory)().eval().cuda().half()
-            model = model.to(memory_format=kind)
-            value = floats.contiguous(memory_format=kind)
-            for mode in ("eager", "torch.compile"):
-                ready = torch.compile(model, mode="reduce-overhead") if mode == "torch.compile" else model
+    module, _, factory = network.factory.partition(":")
+    floats = torch.from_numpy(by_hand(pixels(network))).cuda().half()
+    subjects: dict[str, Callable[[], object]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for layout, kind in (("NCHW", torch.contiguous_format), ("channels last", torch.channels_last)):
+        model = getattr(__import__(module, fromlist=[factory]), factory)().eval().cuda().half()
+        model = model.to(memory_format=kind)
+        value = floats.contiguous(memory_format=kind)
+        for mode in ("eager", "torch.compile"):
+            # Not dynamic: the strides of the other layout would make this one's free, with another layout inside.
+            compiled = mode == "torch.compile"
+            ready = torch.compile(model, mode="reduce-overhead", dynamic=False) if compiled else model
 
-                def call(ready: Any = ready, value: Any = value) -> None:
-                    with torch.inference_mode():
-                        ready(value)
-                    torch.cuda.synchronize()
+            def call(ready: Any = ready, value: Any = value) -> None:
+                with torch.inference_mode():
+                    ready(value)
 
+            name = f"PyTorch {mode}, {layout}"
+            rows[name] = {}
+            try:
                 for _ in range(5):
                     call()
-                subjects[f"PyTorch {mode}, {layout}"] = call
-        rows = {name: {"compute": times} for name, times in in_turn(subjects, bench.seconds * 2).items()}
-        about = {"gpu": torch.cuda.get_device_name(), "library": f"torch {torch.__version__}"}
-        bench.home(network).mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps({**about, "rows": rows}, indent=1))
-        say(f"{network.name}/torch done")
+                torch.cuda.synchronize()
+            except Exception as error:  # one figure less, and the reason for it
+                rows[name] = {"failed": repr(error)[:300]}
+                continue
+            subjects[name] = call
+    _timed(rows, "compute", subjects, bench.seconds * 2, torch.cuda.synchronize)
+    return {
+        "gpu": torch.cuda.get_device_name(), "library": f"torch {torch.__version__}", "rows": rows,
+        "compute_alone": "back to back, one wait for all",
+    }  # fmt: skip
 
 
 # tables -------------------------------------------------------------------------------------------------------------
@@ -737,6 +836,8 @@ def _gpu_table(found: Mapping[str, Any]) -> str:
         )  # fmt: skip
     head = ("what", "compute alone, ms", "end to end, ms", "MiB in", "MiB in and out", "largest difference")
     about = f"{found.get('gpu', '')} {found['library']}.".strip()
+    if "compute_alone" in found:
+        about += f" Compute alone: {found['compute_alone']}."
     if "by_hand_on_the_cpu" in found:
         about += f" Bytes to floats by hand in numpy, on the CPU: {_time(found['by_hand_on_the_cpu'])} ms."
     return table(head, rows) + "\n\n" + about
@@ -749,6 +850,7 @@ def main() -> None:
     names, engines = [network.name for network in NETWORKS], [engine.name for engine in ENGINES]
     parser.add_argument("--network", action="append", choices=names, help="repeatable, in this order; default: all")
     parser.add_argument("--begin-within", type=float, metavar="SECONDS", help="no new build or measurement after that")
+    parser.add_argument("--legacy", action="store_true", help="prepare for TensorRT 8.5 or 8.6")
     parser.add_argument("--engine", action="append", choices=engines, help="repeatable; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
@@ -761,6 +863,7 @@ def main() -> None:
         options.jobs,
         options.seconds,
         Limit(options.begin_within),
+        options.legacy,
     )
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "cpu": cpu, "build": build, "measure": measure, "ort": ort, "torch": torch_step,
