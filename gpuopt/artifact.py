@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.storage import list_files, sha256_file, sha256_json
+from gpuopt.user_code import Dependencies
 
 ONNX_FILE = "model.onnx"
 """Every ONNX artifact is a folder with this file, and its external data beside it if it has any."""
@@ -44,12 +45,12 @@ class StageOutcome:
     Attributes:
         facts: for the report; JSON values only.
         warnings: one line each, for the report and the terminal.
-        dependencies: files of the user's own code that the result depends on; None if the stage ran none.
+        dependencies: of the user's own code, on which the result depends; None if the stage ran none.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    dependencies: tuple[str, ...] | None = None
+    dependencies: Dependencies | None = None
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:

@@ -210,7 +210,7 @@ KINDS: tuple[type[GpuoptError], ...] = (
 )
 
 
-def defect(error: Exception, where: str = "") -> GpuoptError:
+def defect(error: BaseException, where: str = "") -> GpuoptError:
     """An error that nobody foresaw, in words for the user."""
     return GpuoptError(
         f"{where}{described(error)}",

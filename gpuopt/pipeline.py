@@ -6,9 +6,10 @@ import contextlib
 import functools
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class Stage:
     applies: Callable[[Recipe], bool] = lambda recipe: True
     sources: tuple[str, ...] = ()
     per_target: bool = False
-    fits: Callable[[str], bool] = lambda target: True
+    fits: Callable[[Recipe, str], bool] = lambda recipe, target: True
     else_for: str = ""
 
 
@@ -75,6 +76,13 @@ def is_benchmarked(recipe: Recipe) -> bool:
     gates = recipe.gates
     wanted = gates.max_latency_ms or gates.min_throughput is not None or gates.max_device_memory is not None
     return recipe.benchmark.enabled == "on" or (recipe.benchmark.enabled == "auto" and bool(wanted))
+
+
+def why_not_run(recipe: Recipe, target: str) -> str:
+    """Why a recipe's engine for a target cannot run here; empty if it can."""
+    if recipe.build.strip_weights and target != "onnxruntime":
+        return "it holds no weights (build.strip_weights) until it is refitted"
+    return environment.why_not_run(target)
 
 
 def builds_engine(recipe: Recipe) -> bool:
@@ -190,7 +198,7 @@ STAGES = (
         ("verify", "precision", "build.plugins", "build.version_compatible"),
         ("tensorrt", "tensorrt-rtx-cu13", "pycuda", "numpy"),
         applies=lambda recipe: recipe.verify.enabled and recipe.build.enabled, per_target=True,
-        fits=lambda target: not environment.why_not_run(target),
+        fits=lambda recipe, target: not why_not_run(recipe, target),
     ),
     Stage(
         "verify", ("onnx", "engine_onnx?", "reference"), ("verification",),
@@ -200,7 +208,7 @@ STAGES = (
     Stage(
         "benchmark", ("engine?", "onnx", "reference"), (),
         ("benchmark", "build.plugins", "build.version_compatible"), ("tensorrt", "pycuda", "cuda-bindings", *_ORT),
-        applies=is_benchmarked, per_target=True, fits=lambda target: not environment.why_not_run(target),
+        applies=is_benchmarked, per_target=True, fits=lambda recipe, target: not why_not_run(recipe, target),
         else_for="onnxruntime",
     ),
 )  # fmt: skip
@@ -239,7 +247,7 @@ def plan(recipe: Recipe, until: str | None = None) -> list[Step]:
     for stage in STAGES:
         if stage.applies(recipe) and stage.per_target:
             engines = recipe.build.target if recipe.build.enabled else ()
-            targets: list[str] = [t for t in engines if t != "onnxruntime" and stage.fits(t)]
+            targets: list[str] = [t for t in engines if t != "onnxruntime" and stage.fits(recipe, t)]
             steps.extend(Step(stage, target) for target in targets or [stage.else_for] if target)
         elif stage.applies(recipe):
             steps.append(Step(stage))
@@ -339,6 +347,7 @@ class Runner:
                 self._key_parts[step.label] = parts
                 return StepResult(step, entry, True, "nothing it depends on changed")
             reason = explain(self._last.get(step.label), parts)
+        before, started = self._code_files(step.stage), time.time()
         with self.cache.scratch() as scratch:
             staged = scratch / "result"
             with storage_errors("write in", scratch):
@@ -347,12 +356,20 @@ class Runner:
                 for leftover in staged.iterdir():
                     if leftover.name not in step.stage.makes:
                         _remove(leftover)
+            warnings = list(outcome.warnings)
             if outcome.dependencies is not None:
-                self.cache.remember("sources", self._code(step.stage), list(outcome.dependencies))
+                self.cache.remember("sources", self._code(step.stage), asdict(outcome.dependencies))
                 # Which files the code is made of is known only now.
                 parts = self._parts(step)
+                changed = _changed_since(started, outcome.dependencies.files, before)
+            else:
+                file = self.recipe.model.path if "model" in step.stage.sources else None
+                changed = Path(file).name if file and parts and self._parts(step) != parts else ""
+            if changed:
+                warnings.append(f"{changed} changed while it was used, so that this result is not used again")
+                parts = None
             parts = parts or {"stage": step.label, "content": folder_sha256(staged)}
-            record = {"facts": dict(outcome.facts), "warnings": list(outcome.warnings), "seconds": round(seconds, 3)}
+            record = {"facts": dict(outcome.facts), "warnings": warnings, "seconds": round(seconds, 3)}
             entry = self.cache.store(parts, staged, record)
         self._key_parts[step.label] = parts
         return StepResult(step, entry, False, reason)
@@ -474,15 +491,23 @@ class Runner:
         return sha256_json(found)
 
     def _code_fingerprint(self, name: str, function: str | None) -> dict[str, Any] | None:
-        files = self.cache.recall("sources", name)
-        if not isinstance(files, list):
+        known = self.cache.recall("sources", name)
+        if not isinstance(known, dict):
             return None
         package = (function or "").partition(":")[0].partition(".")[0]
         try:
-            hashes = {file: sha256_file(Path(file)) for file in files}
+            hashes = {file: sha256_file(Path(file)) for file in known["files"]}
         except OSError:
             return None
-        return {"files": hashes, "package": environment.version_of(package) if package else None}
+        versions = {package: environment.version_of(package)} if package else {}
+        versions |= {name: environment.version_of(name) for name in known["distributions"]}
+        return {"files": hashes, "versions": versions}
+
+    def _code_files(self, stage: Stage) -> Mapping[str, str]:
+        """Hashes of the files that the user's code was made of when it ran last, as far as they are here."""
+        known = self.cache.recall("sources", self._code(stage)) if {"model", "metric"} & set(stage.sources) else None
+        files = [Path(name) for name in known["files"]] if isinstance(known, dict) else []
+        return {str(file): sha256_file(file) for file in files if file.is_file()}
 
     def _code(self, stage: Stage) -> str:
         """What the user's code that a stage runs is remembered by."""
@@ -610,7 +635,7 @@ def why_not_provable(recipe: Recipe) -> str:
         return "no engine is built (build.enabled is false)"
     if not recipe.verify.enabled:
         return "no engine is run (verify.enabled is false)"
-    reasons = {target: environment.why_not_run(target) for target in engines}
+    reasons = {target: why_not_run(recipe, target) for target in engines}
     return next((f"the engine for {target} does not run: {reason}" for target, reason in reasons.items() if reason), "")
 
 
@@ -729,6 +754,27 @@ def _check_evaluation(accuracy: AccuracySection) -> None:
             f"labels '{labels}' are neither a file nor an array of the evaluation data",
             "Give --labels PATH.npy, or the name of an array in the .npz of --evaluation-data.",
         )
+
+
+_CLOCK_STEP = 0.02
+"""Seconds by which a file's time may lag behind the clock: the kernel's own is coarser."""
+
+
+def _changed_since(started: float, files: Sequence[str], before: Mapping[str, str]) -> str:
+    """The name of a file that is not what it was at `started`, empty if none.
+
+    It is told by the hash of then, and for source files that were not known then by their times. Another file that is
+    new may well be the code's own: downloaded, unpacked, cached.
+    """
+    for path in (Path(name) for name in files if Path(name).is_file()):
+        if str(path) in before:
+            changed = sha256_file(path) != before[str(path)]
+        else:
+            state = path.stat()
+            changed = path.suffix == ".py" and max(state.st_mtime, state.st_ctime) > started - _CLOCK_STEP
+        if changed:
+            return path.name
+    return ""
 
 
 @functools.cache

@@ -192,9 +192,9 @@ def _load(settings: ModelSection, path: Path | None, kind: ModelKind) -> TorchMo
             f"{path} needs code that is not here: {error}",
             "Run gpuopt where the model's own package can be imported.",
         ) from error
-    except Exception as error:  # torch raises plain RuntimeError and worse for damaged files
+    except (Exception, SystemExit) as error:  # torch raises plain RuntimeError and worse for damaged files
         raise ModelError(
-            f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {one_line(error)}",
+            f"{path} ({kind.value}) cannot be loaded by torch {torch.__version__}: {described(error)}",
             "The file may be damaged, or written by a newer torch.",
         ) from error
 
@@ -236,7 +236,7 @@ def _call_factory(factory: str) -> Any:
     user_code.search_current_folder()
     try:
         module = getattr(importlib.import_module(module_name), function)()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and be a program that ends
         raise ModelError(
             f"the factory {factory} fails: {described(error)}",
             "It is called without arguments and looked for in the current folder, PYTHONPATH and what is installed.",

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What a result of the user's code depends on.
+
+    Attributes:
+        files: of the user: source files, and what the code read.
+        distributions: installed packages that were imported, gpuopt's own among them.
+    """
+
+    files: tuple[str, ...] = ()
+    distributions: tuple[str, ...] = ()
+
+
+def dependencies(before: Collection[str], read: Iterable[str]) -> Dependencies:
+    """Those of the user's code that was imported since `before`.
+
+    Args:
+        before: names of the modules that were there already.
+        read: files that the code read.
+    """
+    return Dependencies(tuple(sorted({*user_files(before), *read})), tuple(_imported_distributions()))
+
+
+def _imported_distributions() -> list[str]:
+    # Of all modules: one that an earlier stage imported in this process serves the user's code as well.
+    imported = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+    known = importlib.metadata.packages_distributions()
+    return sorted({distribution for name in imported for distribution in known.get(name, ())})
 
 
 def search_current_folder() -> None:

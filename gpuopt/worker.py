@@ -189,12 +189,12 @@ def _answer(stage: str, context: StageContext) -> tuple[Any, ...]:
     try:
         outcome = importlib.import_module(f"gpuopt.stages.{stage}").run(context)
         return "done", outcome, time.monotonic() - started
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failure = _failure(stage, error)
         return "error", type(failure).__name__, failure.message, failure.hint, traceback.format_exc() + failure.details
 
 
-def _failure(stage: str, error: Exception) -> GpuoptError:
+def _failure(stage: str, error: Exception | SystemExit) -> GpuoptError:
     if isinstance(error, GpuoptError):
         return error
     if isinstance(error, ModuleNotFoundError):

@@ -95,7 +95,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
             _store_first_layers(loaded, first, stored.folder)
         except GpuoptError:
             raise
-        except Exception as error:  # the user's model may raise anything
+        except (Exception, SystemExit) as error:  # the user's model may raise anything
             shapes = ", ".join(f"{n} {tuple(v.shape)} {v.dtype}" for n, v in first.items())
             takes = ", ".join(loaded.parameters) or "unnamed inputs"
             raise ExportError(
@@ -138,8 +138,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
         "ir_version": onnx_model.IR_VERSION,
         **interface.facts_of(stored),
     }
-    dependencies = {*user_code.user_files(known), *loaded.files_read}
-    return StageOutcome(facts, tuple(warnings), tuple(sorted(dependencies)))
+    return StageOutcome(facts, tuple(warnings), user_code.dependencies(known, loaded.files_read))
 
 
 def _store_first_layers(loaded: Any, feed: reference.Feed, folder: Path) -> None:
@@ -342,7 +341,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         "ir_version": onnx_model.IR_VERSION,
         **interface.facts_of(stored),
     }
-    return StageOutcome(facts, tuple(warnings), ())
+    return StageOutcome(facts, tuple(warnings))
 
 
 def _stated_by_graph(spec: TensorSpec) -> StatedInput:

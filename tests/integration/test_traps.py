@@ -150,6 +150,13 @@ def test_equal_names_in_two_folders_are_two_models(gpuopt: Gpuopt, tmp_path: Pat
         assert result.report()["verification"]["outputs"][0]["shape"] == [2, size]
 
 
+def test_a_factory_in_a_program_that_ends_is_an_error_of_the_model(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--epochs'])\n")
+    result = compiled(gpuopt, "train:make", "-p", "fp32", "-i", "input:2x8", cwd=tmp_path)
+    assert result.code == 3
+    assert "the factory train:make fails: SystemExit: 2" in result.report()["error"]["message"]
+
+
 def test_weights_that_a_factory_reads_are_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
     (tmp_path / "fac.py").write_text(
         "import torch\ndef make():\n    m = torch.nn.Linear(8, 4)\n"
@@ -161,6 +168,22 @@ def test_weights_that_a_factory_reads_are_part_of_the_key(gpuopt: Gpuopt, tmp_pa
     assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is True
     torch.save(nn.Linear(8, 4).state_dict(), tmp_path / "w.pth")
     assert export_cached(compiled(gpuopt, *arguments, cwd=tmp_path)) is False
+
+
+def test_code_that_changes_while_it_is_exported_is_not_believed(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    (tmp_path / "fac.py").write_text(
+        "import pathlib, torch\n"
+        "def make():\n"
+        "    text = pathlib.Path(__file__).read_text()\n"
+        "    pathlib.Path(__file__).write_text(text.replace('Linear(8, 4)', 'Linear(8, 6)'))\n"
+        "    return torch.nn.Linear(8, 4)\n"
+    )
+    arguments = ("fac:make", "-p", "fp32", "-i", "input:2x8")
+    first = compiled(gpuopt, *arguments, cwd=tmp_path)
+    assert any("fac.py changed while it was used" in line for line in first.report()["warnings"])
+    second = compiled(gpuopt, *arguments, cwd=tmp_path)
+    assert export_cached(second) is False
+    assert second.report()["verification"]["outputs"][0]["shape"] == [2, 6]
 
 
 def test_the_code_of_a_trusted_pickle_is_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from gpuopt import environment
+from gpuopt import environment, user_code
 from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache, Entry
 from gpuopt.compile import with_defaults
@@ -245,6 +245,35 @@ def test_a_demanded_share_can_be_shown_where_every_engine_runs(here: Path, monke
     with pytest.raises(PrecisionError, match=r"demands 80\.0%, and .*: the engine for tensorrt-rtx does not run: Ten"):
         check_provable(recipe({**demand, "build.target": ["tensorrt", "tensorrt-rtx"]}))
     check_provable(recipe({}))
+
+
+def test_an_engine_without_weights_is_built_and_not_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_module", lambda name: True)
+    monkeypatch.setattr(environment, "gpus", lambda: [Gpu("NVIDIA H100", "9.0", "12.4")])
+    chosen = {"build.target": ["tensorrt", "onnxruntime"], "benchmark.enabled": "on"}
+    whole = {step.label for step in plan(recipe(chosen))}
+    stripped = recipe({**chosen, "build.strip_weights": True, "verify.min_precision_coverage": "80%"})
+    assert whole - {step.label for step in plan(stripped)} == {"prove tensorrt", "benchmark tensorrt"}
+    with pytest.raises(PrecisionError, match="does not run: it holds no weights"):
+        check_provable(stripped)
+
+
+def test_the_packages_that_a_factory_uses_are_part_of_the_key(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "fac.py").write_text("x = 1\n")
+    runner = Runner(recipe({}), Cache(here / "cache"), Silent(), "run")
+    runner.cache.remember("sources", "name", {"files": [str(here / "fac.py")], "distributions": ["timm"]})
+    found = []
+    for version in ("1.0", "1.1"):
+        monkeypatch.setattr(environment, "version_of", lambda name, version=version: version if name == "timm" else "")
+        found.append(runner._code_fingerprint("name", "fac:make"))
+    assert found[0] is not None
+    assert found[0] != found[1]
+
+
+def test_what_is_imported_is_known_by_its_distribution() -> None:
+    found = user_code.dependencies((), ["w.npy"])
+    assert {"numpy", "pydantic"} <= set(found.distributions)
+    assert "w.npy" in found.files
 
 
 def test_analysis_is_for_int8() -> None:

@@ -18,6 +18,7 @@ from gpuopt.artifact import Artifact
 from gpuopt.errors import BuildError, GpuoptError, RequirementError, StorageError
 from gpuopt.progress import Silent
 from gpuopt.stages.context import StageContext
+from gpuopt.user_code import Dependencies
 from gpuopt.worker import Worker
 
 # Python runs `sitecustomize` at its start, so that the worker, which knows nothing of tests, finds this stage.
@@ -32,6 +33,7 @@ STAGE = """
 import ctypes, os, signal, subprocess, sys, time
 from gpuopt import errors
 from gpuopt.artifact import StageOutcome
+from gpuopt.user_code import Dependencies
 
 def run(context):
     action, _, text = (context.data or "").partition(":")
@@ -39,7 +41,7 @@ def run(context):
 
 def answer(context, text):
     facts = {"pid": os.getpid(), "recipe": context.recipe.precision, "target": context.target, "text": text}
-    return StageOutcome(facts, ("a warning",), ("file.py",))
+    return StageOutcome(facts, ("a warning",), Dependencies(("file.py",)))
 
 def write(context, text):
     (context.made("onnx") / "file").write_text(context.folder("samples").name)
@@ -136,7 +138,7 @@ def ask(worker: Worker, tmp_path: Path) -> dict[str, Any]:
 def test_a_stage_runs_in_one_other_process_and_answers(worker: Worker, tmp_path: Path) -> None:
     outcome, _ = worker.run("trial", context("answer:hello", tmp_path, "tensorrt"))
     assert outcome.facts == {"pid": outcome.facts["pid"], "recipe": "fp16", "target": "tensorrt", "text": "hello"}
-    assert (outcome.warnings, outcome.dependencies) == (("a warning",), ("file.py",))
+    assert (outcome.warnings, outcome.dependencies) == (("a warning",), Dependencies(("file.py",)))
     assert outcome.facts["pid"] != os.getpid()
     assert ask(worker, tmp_path)["pid"] == outcome.facts["pid"], "libraries are to be imported once"
 
