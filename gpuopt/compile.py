@@ -27,6 +27,7 @@ from gpuopt.pipeline import (
     is_native,
     model_sha256,
     why_not_provable,
+    why_not_run,
 )
 from gpuopt.precision import Choice, Contest, can_check_speed, with_precision
 from gpuopt.progress import Progress
@@ -285,7 +286,9 @@ def verify_bundle(
             "bundle": str(folder.absolute()),
             "stages": [stage],
             "engines": [
-                engine.model_copy(update=_state_of(engine.target, result if engine.target == "onnxruntime" else proofs))
+                engine.model_copy(
+                    update=_state_of(recipe, engine.target, result if engine.target == "onnxruntime" else proofs)
+                )
                 for engine in before.engines
             ],
             "verification": result,
@@ -327,7 +330,7 @@ def _proofs_of_bundle(
 
     proofs: dict[str, Mapping[str, Any]] = {}
     for target, name in ENGINE_FILE.items():
-        if name in manifest["files"] and not environment.why_not_run(target):
+        if name in manifest["files"] and not why_not_run(recipe, target):
             from gpuopt.stages.prove import prove
 
             with progress.stage(f"prove {target}"), gpu_turn(progress):
@@ -336,11 +339,11 @@ def _proofs_of_bundle(
     return proofs
 
 
-def _state_of(target: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def _state_of(recipe: Recipe, target: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """What verifying changes in an engine's line of the report."""
     found = result if target == "onnxruntime" else result.get(target)
     if found is None:
-        return {"status": "built", "note": not_run(target), "proof": None}
+        return {"status": "built", "note": not_run(recipe, target), "proof": None}
     state = {"status": "verified" if found["passed"] else "failed"}
     return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
@@ -472,7 +475,7 @@ def engine_reports(runner: Runner) -> list[EngineReport]:
                 status="built" if proof is None else "verified" if proof["passed"] else "failed",
                 library_version=facts["library_version"],
                 compute_capabilities=facts["compute_capabilities"],
-                note="" if proof is not None else not_run(facts["target"]),
+                note="" if proof is not None else not_run(runner.recipe, facts["target"]),
                 proof=dict(proof) if proof is not None else None,
             )
         )
@@ -498,9 +501,9 @@ def engine_reports(runner: Runner) -> list[EngineReport]:
     return engines
 
 
-def not_run(target: str) -> str:
+def not_run(recipe: Recipe, target: str) -> str:
     """Why an engine was built and not run."""
-    missing = environment.why_not_run(target)
+    missing = why_not_run(recipe, target)
     if target == "tensorrt-rtx" and missing == "no NVIDIA GPU":
         return "built ahead of time; needs an RTX GPU to run"
     return f"not run here: {missing}" if missing else "not run: verify.enabled is false"

@@ -200,7 +200,12 @@ class _TensorRTEngine(Engine):
                 old_graph.close()
             old.close()
         execution = self._engine.execution(shapes)
-        graph = execution.graph("copy_in", "compute", "copy_out") if self._cuda_graph else None
+        try:
+            graph = execution.graph("copy_in", "compute", "copy_out") if self._cuda_graph else None
+        except BaseException:
+            # It would keep its profile from the next one.
+            execution.close()
+            raise
         self._ready[key] = execution, graph
         return execution, graph
 

@@ -56,6 +56,7 @@ class EngineRecord(_Part):
         tf32: whether FP32 products may have TF32's ten bits of mantissa.
         inputs, outputs: dtypes are the engine's; shapes are those of the reference, dynamic dimensions by name.
         plugins: file names of the libraries that have to be loaded before it.
+        weights_stripped: it holds no weights, and cannot run before it was refitted.
     """
 
     record_version: Literal[1] = 1
@@ -75,6 +76,7 @@ class EngineRecord(_Part):
     outputs: tuple[TensorRecord, ...]
     profiles: tuple[dict[str, RangeRecord], ...]
     plugins: tuple[str, ...] = ()
+    weights_stripped: bool = False
 
     def shape_profiles(self) -> tuple[Profile, ...]:
         """The optimisation profiles."""

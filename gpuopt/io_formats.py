@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gpuopt import environment
 from gpuopt.bench.measuring import Race
 from gpuopt.cache import Cache
 from gpuopt.errors import GpuoptError
-from gpuopt.pipeline import Runner, builds_engine
+from gpuopt.pipeline import Runner, builds_engine, why_not_run
 from gpuopt.precision import facts_of, fastest, time_in_turn
 from gpuopt.progress import Progress
 from gpuopt.recipe import AUTO, Recipe
@@ -99,14 +98,12 @@ def why_not_measured(recipe: Recipe) -> str:
         return "no engine is built here"
     if not recipe.verify.enabled:
         return "no engine is run (verify.enabled is false)"
-    return (
-        "" if _target(recipe) else next(environment.why_not_run(t) for t in recipe.build.target if t != "onnxruntime")
-    )
+    return "" if _target(recipe) else next(why_not_run(recipe, t) for t in recipe.build.target if t != "onnxruntime")
 
 
 def _target(recipe: Recipe) -> str:
     engines = (target for target in recipe.build.target if target != "onnxruntime")
-    return next((target for target in engines if not environment.why_not_run(target)), "")
+    return next((target for target in engines if not why_not_run(recipe, target)), "")
 
 
 def unmeasured(recipe: Recipe) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gpuopt.errors import (
     SpeedError,
     UsageError,
 )
-from gpuopt.pipeline import Runner, builds_engine, own_version
+from gpuopt.pipeline import Runner, builds_engine, own_version, why_not_run
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe, resolve
 from gpuopt.stages.context import StageContext
@@ -264,7 +264,7 @@ def measured_target(recipe: Recipe) -> str:
     reasons = {}
     for target in recipe.build.target:
         if target != "onnxruntime":
-            reasons[target] = environment.why_not_run(target)
+            reasons[target] = why_not_run(recipe, target)
             if not reasons[target]:
                 return target
     target, reason = next(iter(reasons.items()))
@@ -281,7 +281,7 @@ def can_check_speed(recipe: Recipe) -> bool:
         recipe.build.enabled
         and recipe.speed.check
         and recipe.verify.enabled
-        and any(not environment.why_not_run(t) for t in engines)
+        and any(not why_not_run(recipe, t) for t in engines)
     )
 
 

@@ -390,7 +390,9 @@ class BuildSection(Section):
     version_compatible: bool = Field(False, description="Runs in later minor releases of TensorRT, too.")
     hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
     refit: bool = Field(False, description="Weights can be replaced later.")
-    strip_weights: bool = Field(False, description="The plan holds no weights; TensorRT 10 and newer.")
+    strip_weights: bool = Field(
+        False, description="The plan holds no weights, so that it is not run here; TensorRT 10 and newer."
+    )
     weight_streaming: bool = Field(False, description="Weights may stay in host memory; TensorRT 10 and newer.")
     plugins: Names = Field((), description="Shared libraries with plugins; they run code.")
     dla_core: int | None = Field(None, ge=0, description="The DLA core that takes what it can.")

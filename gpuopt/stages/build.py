@@ -194,6 +194,7 @@ def _record(path: Path, context: StageContext, built: BuiltEngine, stored: Refer
         outputs=tensors(stored.outputs),
         profiles=engine_record.profile_records(stored.profiles),
         plugins=tuple(Path(name).name for name in settings.plugins),
+        weights_stripped=settings.strip_weights,
     )
 
 

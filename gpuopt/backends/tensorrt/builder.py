@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gpuopt import environment, time_limit
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.backends.tensorrt import calibrator as calibrators
@@ -217,6 +219,11 @@ def _numpy_name(dtype: Any) -> str:
     return _NUMPY_NAMES.get(name, name.lower())
 
 
+def _numpy_type(dtype: Any) -> np.dtype[Any]:
+    """Of a calibrator's input. TensorRT 8.5's own `nptype` needs `numpy.bool`, which numpy 1.24 to 1.26 lack."""
+    return np.dtype(_numpy_name(dtype))
+
+
 def _set_calibrator(trt: ModuleType, parsed: networks.Parsed, config: Any, request: _Request) -> Any:
     """Give the builder TensorRT's own calibrator, where it is asked for."""
     calibration = request.options.calibration
@@ -228,7 +235,7 @@ def _set_calibrator(trt: ModuleType, parsed: networks.Parsed, config: Any, reque
     is_cached = calibration.cache_file is not None and calibration.cache_file.is_file()
     batches = None
     if not is_cached:
-        batches = calibrators.Batches(calibration, {tensor.name: trt.nptype(tensor.dtype) for tensor in inputs})
+        batches = calibrators.Batches(calibration, {tensor.name: _numpy_type(tensor.dtype) for tensor in inputs})
     shapes = batches.peek() if batches is not None else {}
     profile = calibrators.calibration_profile(request.profiles[0], shapes)
     config.set_calibration_profile(networks.optimization_profile(parsed.builder, parsed.network, profile))

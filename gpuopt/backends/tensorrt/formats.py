@@ -30,18 +30,33 @@ def packed_shape(shape: Shape, layout: str) -> Shape:
     """The shape of the array in memory.
 
     Raises:
-        UsageError: a layout with channels for fewer than three dimensions.
+        UsageError: a layout with channels for a tensor that is no batch of images.
     """
     if layout == LINEAR:
         return shape
-    if len(shape) < 3:
-        raise UsageError(f"format {layout} needs a batch, a channel and a spatial dimension", "Use chw.")
+    check_rank(len(shape), layout)
     batch, channels, *spatial = shape
     if layout in VECTORS:
         width = VECTORS[layout]
         return (batch, -(-channels // width), *spatial, width)
     width = CHANNELS_LAST[layout]
     return (batch, *spatial, -(-channels // width) * width)
+
+
+def check_rank(rank: int, layout: str) -> None:
+    """Let formats with channels be of batches of images alone.
+
+    TensorRT counts the channels' axis from the end (NvInferRuntimeBase.h: "third to last" for CHW4, HWC8 and their
+    like); with four dimensions it is the one after the batch, where everybody else has it, too.
+
+    Raises:
+        UsageError: another number of dimensions.
+    """
+    if layout != LINEAR and rank != 4:
+        raise UsageError(
+            f"format {layout} is for four dimensions, batch, channels, height and width: this tensor has {rank}",
+            f"Use {LINEAR} for it.",
+        )
 
 
 def pack(array: Array, layout: str) -> Array:

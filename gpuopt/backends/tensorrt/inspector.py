@@ -28,9 +28,11 @@ _DTYPES: tuple[tuple[str, Precision], ...] = (
     (r"\bfp32\b|\bfloat\b|float32|\btf32\b", "fp32"),
     (r"\bint32\b|\bint64\b", "int32"),
 )
-_BYTES: Mapping[Precision, int] = {
-    "int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "int32": 4, "other": 4
-}  # fmt: skip
+_ITEM_BYTES: tuple[tuple[str, int], ...] = (
+    (r"\bu?int8\b|\bbool\b|\bfp8\b|float8", 1),
+    (r"\bbf16\b|bfloat|\bfp16\b|\bhalf\b|float16", 2),
+    (r"\bint64\b", 8),
+)
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _QUANTIZES = re.compile(r"(^|[_/])(De)?[Qq]uantize(Linear)?(_\d+)?(_clone_\d+)?$")
 
@@ -75,10 +77,10 @@ class EngineLayer:
     @property
     def bytes_moved(self) -> int | None:
         """Inputs, outputs and weights, once each; None where a size is not known."""
-        tensors = (*self.inputs, *self.outputs)
-        if any(size < 0 for tensor in tensors for size in tensor.shape):
+        operands = (*self.inputs, *self.outputs)
+        if any(size < 0 for operand in operands for size in operand.shape):
             return None
-        return sum(math.prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors) + self.weight_bytes
+        return sum(math.prod(operand.shape) * _item_bytes(operand.format) for operand in operands) + self.weight_bytes
 
     @property
     def computes(self) -> bool:
@@ -197,6 +199,12 @@ def _dtype(text: str) -> Precision:
     return next((dtype for pattern, dtype in _DTYPES if re.search(pattern, lowered)), "other")
 
 
+def _item_bytes(text: str) -> int:
+    """Of one element; 4 where no other size is told."""
+    lowered = text.lower()
+    return next((size for pattern, size in _ITEM_BYTES if re.search(pattern, lowered)), 4)
+
+
 def _precision(
     entry: Mapping[str, Any], inputs: tuple[LayerTensor, ...], outputs: tuple[LayerTensor, ...]
 ) -> Precision:
@@ -216,7 +224,7 @@ def _weight_bytes(entry: Mapping[str, Any]) -> int:
     for key in ("Weights", "Bias"):
         told = entry.get(key)
         if isinstance(told, dict) and isinstance(told.get("Count"), int):
-            found += told["Count"] * _BYTES[_dtype(str(told.get("Type", "")))]
+            found += told["Count"] * _item_bytes(str(told.get("Type", "")))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt import diagnosis
+from gpuopt.backends.tensorrt import diagnosis, formats
 from gpuopt.backends.tensorrt.library import MODULES, version
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import install_hint
@@ -198,6 +198,8 @@ def set_io_formats(trt: ModuleType, network: Any, options: BuildOptions, weakly_
             raise UsageError(
                 f"build.io_formats: '{name}' is no input or output of the network", f"It has {', '.join(tensors)}."
             )
+        if layout in formats.NAMES:
+            formats.check_rank(len(tensor.shape), layout)
         wanted = getattr(trt.DataType, DTYPES[dtype], None)
         chosen = getattr(trt.TensorFormat, FORMATS[layout], None)
         if wanted is None or chosen is None:

@@ -51,7 +51,7 @@ class BuildOptions:
         version_compatible: the engine runs in later minor releases of the same major one.
         hardware_compatibility: the GPUs beside the one of the build.
         refit: weights can be replaced later.
-        strip_weights: the plan holds no weights; they are refitted from the ONNX file. TensorRT 10 and newer.
+        strip_weights: the plan holds no weights, and gpuopt does not run it. TensorRT 10 and newer.
         weight_streaming: weights may stay in host memory. TensorRT 10 and newer.
         plugins: shared libraries with plugins, loaded first.
         dla_core: the DLA core that takes what it can; None: none.

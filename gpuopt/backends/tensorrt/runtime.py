@@ -82,6 +82,11 @@ class LoadedEngine:
         pools: Pools | None = None,
         trust: Trust | None = None,
     ) -> None:
+        if record.weights_stripped:
+            raise EngineError(
+                f"{record.file} holds no weights: it was built with build.strip_weights",
+                "Refit it where it is deployed, by TensorRT's OnnxParserRefitter, or build it with its weights.",
+            )
         trust = trust or Trust()
         trt = import_module(record.target)
         self.record = record

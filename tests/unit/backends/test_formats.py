@@ -10,7 +10,7 @@ from gpuopt.errors import UsageError
 
 
 @pytest.mark.parametrize("layout", formats.NAMES)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 33, 4, 4), (2, 16, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 33, 4, 4), (2, 16, 3, 1)])
 def test_what_is_packed_comes_back(layout: str, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     packed = formats.pack(array, layout)
@@ -30,6 +30,11 @@ def test_where_a_value_lies() -> None:
     assert not hwc8[..., 5:].any()
 
 
-def test_channels_need_a_place() -> None:
-    with pytest.raises(UsageError, match="needs a batch"):
-        formats.packed_shape((4, 10), "hwc8")
+@pytest.mark.parametrize("shape", [(4, 10), (1, 128, 768), (1, 8, 4, 16, 16)])
+def test_formats_with_channels_are_of_images(shape: tuple[int, ...]) -> None:
+    for layout in sorted(formats.NAMES):
+        if layout == formats.LINEAR:
+            assert formats.packed_shape(shape, layout) == shape
+        else:
+            with pytest.raises(UsageError, match=f"this tensor has {len(shape)}"):
+                formats.packed_shape(shape, layout)

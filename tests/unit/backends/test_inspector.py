@@ -79,6 +79,15 @@ def test_dtypes_in_words(text: str, precision: str) -> None:
     assert layer.precision == precision
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("UInt8", 1), ("Bool", 1), ("Int8", 1), ("Half", 2), ("FP32", 4), ("Int32", 4), ("Int64", 8)]
+)
+def test_bytes_moved_are_those_of_the_dtype(text: str, size: int) -> None:
+    tensor = {"Name": "x", "Dimensions": [1, 3, 4, 4], "Format/Datatype": f"Row major linear {text} format"}
+    (layer,) = layers(json.dumps({"Layers": [entry(Inputs=[tensor], Outputs=[])]}))
+    assert layer.bytes_moved == 48 * size
+
+
 def test_blocks_and_pointwise_fusions_name_their_nodes() -> None:
     names = [
         entry(Name="{ForeignNode[/first/MatMul.../last/Add]}", LayerType="Myelin"),

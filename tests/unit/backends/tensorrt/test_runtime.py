@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpuopt.backends.tensorrt.runtime import as_engine_inputs
-from gpuopt.errors import DataError
+from gpuopt.backends.tensorrt.runtime import LoadedEngine, as_engine_inputs
+from gpuopt.engine_record import EngineRecord
+from gpuopt.errors import DataError, EngineError
 from gpuopt.shapes import TensorSpec
 
 INPUTS = (TensorSpec("image", "float16", ("batch", 3)), TensorSpec("ids", "int32", ("batch",)))
@@ -24,3 +25,9 @@ def test_feeds_get_the_dtypes_of_the_engine() -> None:
 def test_numbers_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(DataError, match="'ids' holds values that int32, which the engine takes, cannot"):
         as_engine_inputs(INPUTS[1:], {"ids": np.array([2**31], np.int64)})
+
+
+def test_a_plan_without_weights_is_not_run() -> None:
+    record = EngineRecord.model_construct(file="model.tensorrt.engine", weights_stripped=True)
+    with pytest.raises(EngineError, match=r"model\.tensorrt\.engine holds no weights"):
+        LoadedEngine(b"", record, None)  # type: ignore[arg-type]
