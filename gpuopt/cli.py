@@ -1252,7 +1252,7 @@ def plan_batching(
         bool, typer.Option("--preserve-ordering", help="Responses in the order of requests.")
     ] = False,
     max_queue_size: Annotated[
-        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+        int | None, typer.Option("--max-queue-size", min=1, max=2**32 - 1, help="Requests beyond it are refused.")
     ] = None,
     queue_timeout: Annotated[
         str | None, typer.Option("--queue-timeout", metavar="TIME", help="A request that waits longer is refused.")
