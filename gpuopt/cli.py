@@ -1080,7 +1080,7 @@ def triton(
     priority_levels: Annotated[int, typer.Option("--priority-levels", min=0, help="1 is served first.")] = 0,
     default_priority_level: Annotated[int, typer.Option("--default-priority-level", min=0)] = 0,
     max_queue_size: Annotated[
-        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+        int | None, typer.Option("--max-queue-size", min=1, max=2**32 - 1, help="Requests beyond it are refused.")
     ] = None,
     queue_timeout: Annotated[
         str | None, typer.Option("--queue-timeout", metavar="TIME", help="Of a request that waits.")
@@ -1160,7 +1160,7 @@ def triton(
     chosen_backend = flags.backend(_value(backend))
     if check is not None:
         flags.check_alone(output)
-        answer = command.check_config(bundle, check, chosen_backend, torchscript, sys.argv)
+        answer = command.check_config(bundle, check, chosen_backend, torchscript, sys.argv, public_key)
         if as_json:
             _answer(answer.model_dump_json(indent=2))
         elif not quiet:
@@ -1252,7 +1252,7 @@ def plan_batching(
         bool, typer.Option("--preserve-ordering", help="Responses in the order of requests.")
     ] = False,
     max_queue_size: Annotated[
-        int | None, typer.Option("--max-queue-size", min=1, help="Requests beyond it are refused.")
+        int | None, typer.Option("--max-queue-size", min=1, max=2**32 - 1, help="Requests beyond it are refused.")
     ] = None,
     queue_timeout: Annotated[
         str | None, typer.Option("--queue-timeout", metavar="TIME", help="A request that waits longer is refused.")

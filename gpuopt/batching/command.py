@@ -99,12 +99,12 @@ def make(request: Request, command: Sequence[str], progress: Progress) -> Answer
         ],
         overlap=_overlap(known),
         against=against,
-        advised_queue_size=max(best.settings.max_batch_size, int(best.capacity * request.target.seconds)),
+        advised_queue_size=found.queue_size,
         config=config_block(best.settings, known.on_cpu),
-        warnings=[*known.warnings, *_warnings(known, request, found)],
+        warnings=[*known.warnings, *_warnings(known, request, found, other)],
         seconds=round(time.monotonic() - started, 3),
     )
-    return Answer(report, None if found.holds else _too_slow(report))
+    return Answer(report, None if found.holds else _too_slow(report, found.ceiling))
 
 
 def write(report: PlanReport, path: Path) -> None:
@@ -117,22 +117,27 @@ def write(report: PlanReport, path: Path) -> None:
 
 
 def config_block(settings: Settings, on_cpu: bool) -> str:
-    """The settings as fields of a `config.pbtxt`."""
+    """The settings as fields of a `config.pbtxt`.
+
+    Raises:
+        UsageError: a number is larger than Triton's type for it.
+    """
     config = schema.new()
-    config.max_batch_size = settings.max_batch_size
-    batching = config.dynamic_batching
-    batching.SetInParent()
-    batching.preferred_batch_size.extend(settings.preferred_batch_size)
-    batching.max_queue_delay_microseconds = settings.max_queue_delay_microseconds
-    batching.preserve_ordering = settings.preserve_ordering
-    if settings.max_queue_size or settings.queue_timeout_microseconds:
-        policy = batching.default_queue_policy
-        policy.timeout_action = ("REJECT", "DELAY").index(settings.timeout_action)
-        policy.default_timeout_microseconds = settings.queue_timeout_microseconds
-        policy.max_queue_size = settings.max_queue_size
-    group = config.instance_group.add()
-    group.count = settings.instances
-    group.kind = ("KIND_AUTO", "KIND_GPU", "KIND_CPU").index("KIND_CPU" if on_cpu else "KIND_GPU")
+    with schema.numbers_that_fit():
+        config.max_batch_size = settings.max_batch_size
+        batching = config.dynamic_batching
+        batching.SetInParent()
+        batching.preferred_batch_size.extend(settings.preferred_batch_size)
+        batching.max_queue_delay_microseconds = settings.max_queue_delay_microseconds
+        batching.preserve_ordering = settings.preserve_ordering
+        if settings.max_queue_size or settings.queue_timeout_microseconds:
+            policy = batching.default_queue_policy
+            policy.timeout_action = ("REJECT", "DELAY").index(settings.timeout_action)
+            policy.default_timeout_microseconds = settings.queue_timeout_microseconds
+            policy.max_queue_size = settings.max_queue_size
+        group = config.instance_group.add()
+        group.count = settings.instances
+        group.kind = ("KIND_AUTO", "KIND_GPU", "KIND_CPU").index("KIND_CPU" if on_cpu else "KIND_GPU")
     return schema.render(config)
 
 
@@ -173,14 +178,16 @@ def _other_settings(path: Path, known: Latencies) -> Settings:
 
 
 def _against(problem: Problem, settings: Settings, path: Path) -> AgainstReport:
-    problem = dataclasses.replace(problem, fixed=dataclasses.replace(problem.fixed, max_batch_size=None))
-    service = problem.service()
-    outcome = plan.run(problem, service, settings, problem.load.rate, problem.load.length or plan.FINAL)
+    fixed = dataclasses.replace(problem.fixed, max_batch_size=None, instances=settings.instances)
+    problem = dataclasses.replace(problem, fixed=fixed)
+    service, rate = problem.service(), problem.load.rate
+    length = problem.load.length or problem.length(plan.FINAL, rate)
+    outcome = plan.run(problem, service, settings, rate, length)
     return AgainstReport(
         config=str(path),
         settings=_settings(settings),
-        at_load=_prediction(problem.load.rate, outcome, problem.target),
-        holds=problem.target.holds(outcome),
+        at_load=_prediction(rate, outcome, problem.target),
+        holds=problem.holds(service, settings, rate, outcome),
         capacity=plan.capacity(problem, service, settings, plan.FINE),
     )
 
@@ -191,12 +198,16 @@ def _settings(settings: Settings) -> SettingsReport:
 
 
 def _prediction(rate: float, outcome: Outcome, target: Target) -> PredictionReport:
+    served = len(outcome.latencies) > 0
+    p50, p95, p99, of_target = (
+        outcome.percentile(percent) * 1000 if served else None for percent in (50, 95, 99, target.percentile)
+    )
     return PredictionReport(
         rate=rate,
-        p50_ms=outcome.percentile(50) * 1000,
-        p95_ms=outcome.percentile(95) * 1000,
-        p99_ms=outcome.percentile(99) * 1000,
-        target_ms=outcome.percentile(target.percentile) * 1000,
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        target_ms=of_target,
         throughput=outcome.throughput,
         utilisation=outcome.utilisation,
         drop_rate=outcome.drop_rate,
@@ -222,21 +233,23 @@ def _overlap(known: Latencies) -> OverlapReport | None:
     )
 
 
-def _warnings(known: Latencies, request: Request, found: Found) -> list[str]:
+def _warnings(known: Latencies, request: Request, found: Found, other: Settings | None) -> list[str]:
     warnings = []
-    instances = found.best.settings.instances
-    if instances > 1 and not known.streams:
-        warnings.append(
-            f"{instances} instances are taken as {instances} times one, as on GPUs of their own: nothing was measured"
-        )
-    if known.streams and instances > max(known.streams):
-        warnings.append(f"instances were measured up to {max(known.streams)}: more are taken to bring nothing")
-    largest = found.best.settings.max_batch_size
-    if instances > 1 and 0 < known.streams_batch < largest:
-        warnings.append(
-            f"what {instances} instances bring was measured at batch {known.streams_batch}: larger ones leave less of "
-            "the GPU for others"
-        )
+    for settings in (found.best.settings, *([other] if other is not None else [])):
+        instances = settings.instances
+        if instances > 1 and not known.streams:
+            warnings.append(
+                f"{instances} instances are taken as {instances} times one, as on GPUs of their own: nothing was "
+                "measured"
+            )
+        if known.streams and instances > max(known.streams):
+            warnings.append(f"instances were measured up to {max(known.streams)}: more are taken to bring nothing")
+        if instances > 1 and 0 < known.streams_batch < settings.max_batch_size:
+            warnings.append(
+                f"what {instances} instances bring was measured at batch {known.streams_batch}: larger ones leave less "
+                "of the GPU for others"
+            )
+    warnings = list(dict.fromkeys(warnings))
     requests = len(found.at_load.latencies)
     if requests * (1 - request.target.percentile / 100) < 20:
         warnings.append(
@@ -245,13 +258,14 @@ def _warnings(known: Latencies, request: Request, found: Found) -> list[str]:
     return warnings
 
 
-def _too_slow(report: PlanReport) -> SpeedError:
-    reason = (
-        f"{report.at_load.drop_rate:.2%} of requests are refused"
-        if report.at_load.drop_rate > report.target.max_drop
-        else f"p{report.target.percentile:g} is {report.at_load.target_ms:.4g} ms, "
-        f"{report.target.milliseconds:g} ms are allowed"
-    )
+def _too_slow(report: PlanReport, ceiling: float) -> SpeedError:
+    met, target = report.at_load, report.target
+    if met.target_ms is None or met.drop_rate > target.max_drop:
+        reason = f"{met.drop_rate:.2%} of requests are refused"
+    elif met.target_ms > target.milliseconds:
+        reason = f"p{target.percentile:g} is {met.target_ms:.4g} ms, {target.milliseconds:g} ms are allowed"
+    else:
+        reason = f"at most {ceiling:.6g} requests/s can be served, and the queue grows as long as the load lasts"
     return SpeedError(
         f"no settings hold {report.load.rate:.6g} requests/s: {reason}",
         f"They carry {report.capacity:.6g} requests/s: spread the load over "

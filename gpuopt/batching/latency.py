@@ -78,8 +78,8 @@ class Latencies:
             for percent in percentiles
         }
 
-    def service(self, largest_batch: int, constant_ms: float) -> Service:
-        """Service times of batches up to a size, seconds.
+    def service(self, largest_batch: int, constant_ms: float, instances: int = 1) -> Service:
+        """Service times of batches up to a size, seconds, on up to `instances` instances or as many as were measured.
 
         A quantile between two measured percentiles lies between their times in proportion; below the lowest and beyond
         the highest it is theirs. With n instances at work, of which all together have s times one's throughput, each
@@ -90,11 +90,14 @@ class Latencies:
         for batch in range(1, largest_batch + 1):
             known = self.milliseconds(batch)
             rows.append(np.interp(quantiles, list(known), list(known.values())) / 1000)
-        slowdown = self.slowdown(max(self.streams, default=1))
+        slowdown = self.slowdown(max(instances, *self.streams, 1))
         return Service(np.stack(rows), slowdown, constant_ms / 1000, self.after_idle / 1000)
 
     def slowdown(self, instances: int) -> tuple[float, ...]:
-        """Times as long as alone that a batch takes with 1, 2, ... instances at work; 1 if that was not measured."""
+        """Times as long as alone that a batch takes with 1, 2, ... instances at work.
+
+        More than were measured bring nothing; if none were, as many are that many times one.
+        """
         if not self.streams:
             return (1.0,) * instances
         counts = sorted({1, *self.streams})
@@ -148,7 +151,10 @@ def _of_table(path: Path, document: Any) -> Latencies:
 
 
 def _of_csv(path: Path, text: str) -> Latencies:
-    rows = [row for row in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in row)]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise DataError(f"{path} is no table of latencies: {error}", _TABLE_HELP) from error
     head = [cell.strip().lower().removesuffix("_ms") for cell in rows[0]] if rows else []
     if "batch" not in head or not any(name.startswith("p") for name in head):
         raise DataError(f"{path} is no table of latencies: its first line is '{','.join(head)[:60]}'", _TABLE_HELP)
@@ -158,6 +164,8 @@ def _of_csv(path: Path, text: str) -> Latencies:
             cells = dict(zip(head, (float(cell) for cell in row), strict=True))
         except ValueError:
             raise DataError(f"{path}, line {number}: not a number in every column", _TABLE_HELP) from None
+        if not cells["batch"].is_integer():
+            raise DataError(f"{path}, line {number}: batch {cells['batch']:g} is no whole number", _TABLE_HELP)
         batches[int(cells["batch"])] = {_percent(path, n): v for n, v in cells.items() if n.startswith("p")}
     return _checked(path, Latencies(path.name, False, batches, None, {}, {}, 0, {}, ()))
 

@@ -92,6 +92,23 @@ def read_trace(path: Path) -> Load:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path} is larger than 1 GiB", "Cut it: a million requests are plenty.")
         text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        arrivals = np.asarray(_times(path, text))
+    except csv.Error as error:
+        raise DataError(f"{path} is no CSV: {error}", "The first column has seconds of arrivals.") from error
+    if len(arrivals) < _FEWEST:
+        raise DataError(f"{path} has {len(arrivals)} arrivals", f"Give at least {_FEWEST}: percentiles need them.")
+    if not np.isfinite(arrivals).all() or (np.diff(arrivals) < 0).any():
+        raise DataError(f"{path}: the times do not ascend", "Sort them; seconds in the first column.")
+    if arrivals[-1] == arrivals[0]:
+        raise DataError(f"{path}: all requests arrive at once", "Give their times in seconds.")
+    gaps = np.diff(arrivals, prepend=arrivals[0])
+    mean = float(gaps[1:].mean())
+    gaps[0] = mean
+    return Load("trace", 1 / mean, float(gaps[1:].std() / mean), gaps / mean)
+
+
+def _times(path: Path, text: str) -> list[float]:
     times = []
     for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
         if not row or not row[0].strip():
@@ -104,14 +121,4 @@ def read_trace(path: Path) -> Load:
             raise DataError(
                 f"{path}, line {number}: '{row[0][:40]}' is no time", "The first column has seconds of arrivals."
             ) from None
-    arrivals = np.asarray(times)
-    if len(arrivals) < _FEWEST:
-        raise DataError(f"{path} has {len(arrivals)} arrivals", f"Give at least {_FEWEST}: percentiles need them.")
-    if not np.isfinite(arrivals).all() or (np.diff(arrivals) < 0).any():
-        raise DataError(f"{path}: the times do not ascend", "Sort them; seconds in the first column.")
-    if arrivals[-1] == arrivals[0]:
-        raise DataError(f"{path}: all requests arrive at once", "Give their times in seconds.")
-    gaps = np.diff(arrivals, prepend=arrivals[0])
-    mean = float(gaps[1:].mean())
-    gaps[0] = mean
-    return Load("trace", 1 / mean, float(gaps[1:].std() / mean), gaps / mean)
+    return times

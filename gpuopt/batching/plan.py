@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from gpuopt.errors import SpeedError, UsageError
 
 COARSE, FINE, FINAL = 4000, 40_000, 200_000
 """Requests in a simulation: of every candidate, of the best ones, of the one that is chosen."""
+
+_TARGETS, _LONGER = 20, 5
+"""The last two are as long as 20 times the target, at most five times as many requests: a queue that grows shows."""
+
+_OVERLOAD = 1.5
+"""Times the capacity at which a limit of the queue has to hold the target."""
+
+_SHORTER = 0.85
+"""A limit of the queue that is too long is shortened to so much of it."""
 
 _FINALISTS = 8
 _GRID = (1.0, 0.97, 0.93, 0.88, 0.82, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.08, 0.03)
@@ -88,6 +98,8 @@ class Found:
         best: the settings to use.
         at_load: what the load itself meets with them.
         holds: whether that is within the target.
+        ceiling: requests a second that `best` serves at most, however long they wait.
+        queue_size: the longest queue of `best` with which an overload is answered within the target.
         by_instances: the best of each number of instances.
         load_range: rates up to over the capacity, ascending.
         knee: index in it where throughput over mean latency is greatest.
@@ -96,6 +108,8 @@ class Found:
     best: Candidate
     at_load: Outcome
     holds: bool
+    ceiling: float
+    queue_size: int
     by_instances: tuple[Candidate, ...]
     load_range: tuple[Point, ...]
     knee: int
@@ -113,7 +127,22 @@ class Problem:
 
     def service(self) -> Service:
         """Service times of batches up to the largest one that may be formed."""
-        return self.latencies.service(self.fixed.max_batch_size or self.latencies.largest_batch, self.constant_ms)
+        largest = self.fixed.max_batch_size or self.latencies.largest_batch
+        return self.latencies.service(largest, self.constant_ms, self.fixed.instances or 1)
+
+    def length(self, base: int, rate: float) -> int:
+        """Requests in a simulation: `base`, and more of a drawn load where they arrive in a few times the target."""
+        if self.load.distribution == "trace":
+            return base
+        return max(base, min(_LONGER * base, int(_TARGETS * self.target.seconds * rate)))
+
+    def holds(self, service: Service, settings: Settings, rate: float, outcome: Outcome) -> bool:
+        """Whether a load met the target, and would if it went on: a trace ends, what is drawn does not."""
+        if not self.target.holds(outcome):
+            return False
+        # A queue that is longer after every second is within the target for a while.
+        refused = self.target.max_drop if outcome.refused else 0.0
+        return self.load.distribution == "trace" or rate * (1 - refused) < ceiling(service, settings)
 
 
 def search(problem: Problem, advance: Callable[[int, int], None]) -> Found:
@@ -148,19 +177,17 @@ def search(problem: Problem, advance: Callable[[int, int], None]) -> Found:
     )
     best = _worth_it(by_instances, problem.latencies)
     if best.capacity == 0:
-        alone = problem.latencies.milliseconds(1)
-        raise SpeedError(
-            f"no settings hold p{problem.target.percentile:g} at {problem.target.seconds * 1000:g} ms: "
-            f"a single request takes {max(alone.values()):.3g} ms of inference",
-            "Raise --target, or make the model faster.",
-        )
-    at_load = run(problem, service, best.settings, problem.load.rate, problem.load.length or FINAL)
+        raise _impossible(problem)
+    rate = problem.load.rate
+    at_load = run(problem, service, best.settings, rate, problem.load.length or problem.length(FINAL, rate))
     points = load_range(problem, service, best)
     power = [p.outcome.throughput / max(float(np.mean(p.outcome.latencies)), 1e-12) for p in points]
     return Found(
         best=best,
         at_load=at_load,
-        holds=problem.target.holds(at_load),
+        holds=problem.holds(service, best.settings, rate, at_load),
+        ceiling=ceiling(service, best.settings),
+        queue_size=queue_size(problem, service, best),
         by_instances=by_instances,
         load_range=points,
         knee=int(np.argmax(power)),
@@ -182,16 +209,21 @@ def capacity(
     is below.
 
     Args:
-        count: requests in a simulation.
+        count: requests in a simulation; from `FINE` on as many as `Problem.length` says.
         highest: rate to begin at, requests a second.
     """
-    ceiling = min(highest, _ceiling(service, settings))
-    if ceiling <= 0:
+
+    def holds(rate: float) -> bool:
+        length = problem.length(count, rate) if count >= FINE else count
+        return problem.holds(service, settings, rate, run(problem, service, settings, rate, length))
+
+    most = min(highest, ceiling(service, settings))
+    if most <= 0:
         return 0.0
     held = failed = 0.0
     for share in _GRID:
-        rate = share * ceiling
-        if problem.target.holds(run(problem, service, settings, rate, count)):
+        rate = share * most
+        if holds(rate):
             held = rate
             break
         failed = rate
@@ -199,14 +231,30 @@ def capacity(
         return held
     for _ in range(_HALVINGS):
         middle = (held + failed) / 2
-        if problem.target.holds(run(problem, service, settings, middle, count)):
+        if holds(middle):
             held = middle
         else:
             failed = middle
-    own = problem.load.rate
-    if own < held and not problem.target.holds(run(problem, service, settings, own, count)):
+    if problem.load.rate < held and not holds(problem.load.rate):
         return 0.0
     return held
+
+
+def queue_size(problem: Problem, service: Service, best: Candidate) -> int:
+    """The longest queue, at least a batch, with which half as much again as the capacity is answered within the target.
+
+    What is in the queue has to be served, and so has the request itself, in the time that the target leaves.
+    """
+    rate, least = _OVERLOAD * best.capacity, best.settings.max_batch_size
+    alone = float(service.seconds[least].mean()) + service.constant
+    size = int(best.capacity * (problem.target.seconds - alone))
+    while size > least:
+        limited = dataclasses.replace(best.settings, max_queue_size=size)
+        outcome = run(problem, service, limited, rate, problem.length(FINE, rate))
+        if outcome.percentile(problem.target.percentile) <= problem.target.seconds:
+            return size
+        size = int(_SHORTER * size)
+    return least
 
 
 def load_range(problem: Problem, service: Service, best: Candidate) -> tuple[Point, ...]:
@@ -216,7 +264,32 @@ def load_range(problem: Problem, service: Service, best: Candidate) -> tuple[Poi
     return tuple(Point(rate, run(problem, service, best.settings, rate, count)) for rate in rates)
 
 
-def _ceiling(service: Service, settings: Settings) -> float:
+def _impossible(problem: Problem) -> SpeedError:
+    """Why nothing holds the target: the model, the delay that is not to be changed, or something else that is fixed."""
+    target = problem.target
+    what = f"no settings hold p{target.percentile:g} at {target.seconds * 1000:g} ms"
+    known = problem.latencies.milliseconds(1)
+    inference = float(np.interp(target.percentile, list(known), list(known.values()))) + problem.latencies.after_idle
+    alone = inference + problem.constant_ms
+    delay = (problem.fixed.max_queue_delay_microseconds or 0) / 1000
+    if alone > target.seconds * 1000:
+        besides = f" and {problem.constant_ms:.3g} ms besides" if problem.constant_ms else ""
+        return SpeedError(
+            f"{what}: a single request takes {inference:.3g} ms of inference{besides}",
+            "Raise --target, or make the model faster.",
+        )
+    if alone + delay > target.seconds * 1000:
+        return SpeedError(
+            f"{what}: --max-queue-delay lets a request wait for {delay:.4g} ms, and alone it takes {alone:.3g} ms",
+            "Lower it, or leave it out; or raise --target.",
+        )
+    return SpeedError(
+        f"{what} with {problem.load.rate:.6g} requests/s: a single request would take {alone:.3g} ms",
+        "Leave out some of the settings that are fixed, lower the rate, or raise --target.",
+    )
+
+
+def ceiling(service: Service, settings: Settings) -> float:
     """Requests a second if every batch is as large as pays best and no instance ever idles."""
     mean = service.seconds[1 : settings.max_batch_size + 1].mean(axis=1)
     best = float(np.max(np.arange(1, settings.max_batch_size + 1) / mean))
@@ -227,14 +300,20 @@ def _ceiling(service: Service, settings: Settings) -> float:
 def _candidates(problem: Problem) -> Iterator[Settings]:
     latencies, fixed, target = problem.latencies, problem.fixed, problem.target
     largest = latencies.largest_batch
+    least = max(fixed.preferred_batch_size or (1,))
     if fixed.max_batch_size is not None and fixed.max_batch_size > largest:
         raise UsageError(
             f"--max-batch-size {fixed.max_batch_size}: batches were measured up to {largest}",
             "Measure larger ones: gpuopt bench --batches.",
         )
-    sizes = {2**power for power in range(largest.bit_length()) if 2**power <= largest} | {largest}
+    if least > (fixed.max_batch_size or largest):
+        raise UsageError(
+            f"--preferred-batch-size {least} is larger than the largest batch, {fixed.max_batch_size or largest}",
+            "Leave it out, or allow larger batches: --max-batch-size.",
+        )
+    sizes = {size for size in (*(2**power for power in range(largest.bit_length())), largest) if size >= least}
     fast_enough = sorted(size for size in sizes if min(latencies.milliseconds(size).values()) <= target.seconds * 1000)
-    batches = [fixed.max_batch_size] if fixed.max_batch_size is not None else fast_enough or [1]
+    batches = [fixed.max_batch_size] if fixed.max_batch_size is not None else fast_enough or [min(sizes)]
     delays = (
         [fixed.max_queue_delay_microseconds]
         if fixed.max_queue_delay_microseconds is not None
@@ -261,7 +340,7 @@ def _preferred(latencies: Latencies, largest: int, fixed: tuple[int, ...] | None
     Triton's guide: a preferred size is for one that is significantly faster than the others.
     """
     if fixed is not None:
-        return [tuple(size for size in fixed if size <= largest)]
+        return [fixed]
     rates = {size: size / min(latencies.milliseconds(size).values()) for size in range(1, largest + 1)}
     better = tuple(
         size

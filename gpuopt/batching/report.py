@@ -46,13 +46,16 @@ class TargetReport(_Part):
 
 
 class PredictionReport(_Part):
-    """What a rate meets: latencies from arrival to response, milliseconds; utilisation of all instances."""
+    """What a rate meets: latencies from arrival to response, milliseconds; utilisation of all instances.
+
+    The latencies are None where no request was served.
+    """
 
     rate: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    target_ms: float
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    target_ms: float | None
     throughput: float
     utilisation: float
     drop_rate: float
@@ -103,7 +106,7 @@ class PlanReport(_Part):
         capacity: the greatest rate at which the settings hold the target, requests a second.
         knee: the rate where throughput over mean latency is greatest (Kleinrock's power).
         instances: the most that each number of instances carries.
-        advised_queue_size: a limit that keeps waiting requests to what can be answered in time.
+        advised_queue_size: a limit with which half as much again as the capacity is answered in time, at least a batch.
         config: the block for `config.pbtxt`.
     """
 
@@ -206,9 +209,10 @@ def _table(rows: list[tuple[str, PredictionReport]]) -> list[str]:
     heads = ("requests/s", "p50 ms", "p95 ms", "p99 ms", "served/s", "busy", "refused", "batch")
     lines = [f"{'':<18}" + "".join(f"{head:>11}" for head in heads)]
     for name, row in rows:
+        times = ("none" if time is None else f"{time:.4g}" for time in (row.p50_ms, row.p95_ms, row.p99_ms))
         cells = (
-            f"{row.rate:.5g}", f"{row.p50_ms:.4g}", f"{row.p95_ms:.4g}", f"{row.p99_ms:.4g}", f"{row.throughput:.5g}",
-            f"{row.utilisation:.1%}", f"{row.drop_rate:.2%}", f"{row.mean_batch:.3g}",
+            f"{row.rate:.5g}", *times, f"{row.throughput:.5g}", f"{row.utilisation:.1%}", f"{row.drop_rate:.2%}",
+            f"{row.mean_batch:.3g}",
         )  # fmt: skip
         lines.append(f"{name[-17:]:<18}" + "".join(f"{cell:>11}" for cell in cells))
     return lines

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from gpuopt.errors import ConfigurationError, UsageError
 from gpuopt.storage import storage_errors
-from gpuopt.triton import schema
-from gpuopt.triton.repository import CONFIG_FILE
+from gpuopt.triton import repository, schema
+from gpuopt.triton.repository import CONFIG_FILE, Place
 from gpuopt.triton.rules import RULES
+from gpuopt.triton.rules import repository as rules
 from gpuopt.triton.rules.finding import Finding, Subject
 from gpuopt.triton.schema import ModelConfig
 from gpuopt.triton.served import Served
@@ -19,6 +21,21 @@ def findings(config: ModelConfig, served: Served | None, folder: Path | None) ->
     subject = Subject(config, served, folder)
     found = [finding for rule in RULES for finding in rule(subject)]
     return sorted(found, key=lambda finding: finding.severity)
+
+
+def of_new_version(config: ModelConfig, served: Served, where: Place, files: Collection[str]) -> list[Finding]:
+    """What the rules find in a version that is not yet there, and in the policy once it is.
+
+    Args:
+        files: names of what the version will hold.
+    """
+    subject = Subject(config, served, where.model_folder)
+    there = sorted({*repository.versions(where.model_folder), where.version})
+    return [
+        *rules.name(subject),
+        *rules.version_policy(config, there),
+        *rules.named_files(subject, where.version, lambda file: file in files),
+    ]
 
 
 def read(path: Path) -> tuple[ModelConfig, Path | None]:

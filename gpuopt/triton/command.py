@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class EnsembleRequest:
     """A pipeline around the model; its other steps are in the repository already.
 
     Attributes:
-        renamed: `MODEL.OUTPUT` to `MODEL.INPUT`, where names differ.
+        renamed: `MODEL.INPUT` to the `MODEL.OUTPUT` that it takes, where names differ.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Request:
         version: None: the next one.
         existing: what becomes of the configuration of a model that is there: it has to be the same, or it is kept, or
             replaced.
-        public_key: whose signature the bundle has to bear; None: no matter.
+        public_key: whose signature the bundle and those of other engines have to bear; None: no matter.
     """
 
     bundle: Path
@@ -63,29 +64,39 @@ class Request:
 def write(request: Request, command: Sequence[str]) -> Written:
     """Write a bundle's model into a repository as a new version.
 
+    Everything that can be told before is told before anything is written.
+
     Raises:
         StorageError, EngineError, SignatureError: the bundle is damaged, or not signed as it has to be.
         UsageError: something is asked for that the model does not admit.
         ConfigurationError: the model is there with another configuration, or what is asked for breaks a rule.
     """
-    bundles.open_subject(request.bundle, request.public_key)
+    bundles.open_bundle(request.bundle, request.public_key)
     model = served.of_bundle(request.bundle, request.backend, request.torchscript)
     name = request.name or request.bundle.absolute().name.removesuffix(".gpuopt")
     where = repository.place(request.repository, name, request.version)
-    others = _others(model, request.options)
+    others = _others(model, request.options, request.public_key)
     own = model.record.compute_capabilities if model.record is not None else ()
     file = DEFAULT_FILES[model.backend]
     engines = {capability: _engine_file(capability) for capability in others}
     if others and len(own) == 1:
         engines.setdefault(own[0], file)
     made = config.make(model, name, request.options, engines)
-    check.demand(check.findings(made.config, model, None), "what is asked for")
     content = _content(made, model, {engines[capability]: other for capability, other in others.items()})
-    state = _place(where, content, model, request.existing)
+    is_kept = request.existing == "keep" and where.config_file.is_file()
+    used, what = made.config, "what is asked for"
+    if is_kept:
+        check.demand(check.findings(made.config, model, None), what)
+        used, what = check.read(where.model_folder)[0], f"{where.config_file} does not fit the new version"
+    found = [*check.findings(used, model, None), *check.of_new_version(used, model, where, content.files)]
+    check.demand(found, what)
+    pipeline = _ensemble(where, used, request.ensemble) if request.ensemble is not None else None
+    state = _place(where, content, is_kept, replaces=request.existing == "replace")
     present, folder = check.read(where.model_folder)
     found = check.findings(present, model, folder)
     added = [where.version_folder / name for name in (*content.files, *content.documents)]
-    pipeline = _ensemble(where, request.ensemble) if request.ensemble is not None else ""
+    if pipeline is not None:
+        repository.write_model(where.repository / pipeline.name, schema.render(pipeline))
     return Written(
         command=list(command),
         bundle=str(request.bundle),
@@ -96,22 +107,28 @@ def write(request: Request, command: Sequence[str]) -> Written:
         files={str(path.relative_to(request.repository)): sha256_file(path) for path in added},
         config_state=state,
         config=where.config_file.read_text(encoding="utf-8", errors="replace"),
-        ensemble=pipeline,
+        ensemble=pipeline.name if pipeline is not None else "",
         findings=[_report(finding) for finding in found],
         warnings=list(made.warnings),
     )
 
 
 def check_config(
-    bundle: Path, path: Path, backend: Backend | None, torchscript: Path | None, command: Sequence[str]
+    bundle: Path,
+    path: Path,
+    backend: Backend | None,
+    torchscript: Path | None,
+    command: Sequence[str],
+    public_key: str | None = None,
 ) -> Checked:
     """Ask every rule about a configuration and the bundle whose model it is for.
 
     Raises:
         UsageError: there is no configuration.
         ConfigurationError: it cannot be read as one.
-        StorageError, EngineError: the bundle is damaged.
+        StorageError, EngineError, SignatureError: the bundle is damaged, or not signed as it has to be.
     """
+    bundles.open_bundle(bundle, public_key)
     written, folder = check.read(path)
     if backend is None and not written.HasField("ensemble_scheduling"):
         backend = _stated_backend(written, bundle)
@@ -145,7 +162,7 @@ def _stated_backend(written: schema.ModelConfig, bundle: Path) -> Backend | None
     return "tensorrt" if stated == "tensorrt" and any(bundle.glob("*.engine")) else None
 
 
-def _others(model: Served, options: Options) -> dict[str, Served]:
+def _others(model: Served, options: Options, public_key: str | None) -> dict[str, Served]:
     """Engines for further GPUs, by compute capability."""
     if options.engines_for and model.record is None:
         raise UsageError(
@@ -153,6 +170,7 @@ def _others(model: Served, options: Options) -> dict[str, Served]:
         )
     found: dict[str, Served] = {}
     for capability, folder in options.engines_for:
+        bundles.open_bundle(folder, public_key)
         other = served.engine_of(folder)
         same = (other.inputs, other.outputs, other.profiles) == (model.inputs, model.outputs, model.profiles)
         if not same:
@@ -196,29 +214,32 @@ def _content(made: config.Made, model: Served, others: Mapping[str, Served]) -> 
 
 
 def _place(
-    where: Place, content: Content, model: Served, existing: Literal["same", "keep", "replace"]
+    where: Place, content: Content, is_kept: bool, replaces: bool
 ) -> Literal["written", "unchanged", "kept", "replaced"]:
+    if is_kept:
+        repository.add_version(where, content)
+        return "kept"
     if not where.config_file.is_file():
         repository.write(where, content, replace_config=True)
         return "written"
-    if existing == "keep":
-        present, _ = check.read(where.model_folder)
-        found = check.findings(present, model, None)
-        check.demand(found, f"{where.config_file} does not fit the new version")
-        repository.add_version(where, content)
-        return "kept"
     before = where.config_file.read_bytes()
-    repository.write(where, content, replace_config=existing == "replace")
+    repository.write(where, content, replace_config=replaces)
     return "unchanged" if where.config_file.read_bytes() == before else "replaced"
 
 
-def _ensemble(where: Place, asked: EnsembleRequest) -> str:
-    names = (*asked.before, where.model, *asked.after)
-    steps = [ensemble.read(where.repository, name) for name in names]
-    made = ensemble.make(asked.name, steps, asked.renamed)
+def _ensemble(where: Place, own: schema.ModelConfig, asked: EnsembleRequest) -> schema.ModelConfig:
+    """The pipeline's configuration; `own` is the one that the model will have."""
+    for name in (asked.name, *asked.before, *asked.after):
+        repository.check_name(name)
+    if asked.name in (*asked.before, where.model, *asked.after):
+        raise UsageError(f"--ensemble {asked.name} is one of its own steps", "Give it another name.")
+    before, after = ([ensemble.read(where.repository, name) for name in names] for names in (asked.before, asked.after))
+    own = copy.deepcopy(own)
+    own.name = where.model
+    made = ensemble.make(asked.name, [*before, own, *after], asked.renamed)
     check.demand(check.findings(made, None, None), f"ensemble '{asked.name}'")
-    repository.write_model(where.repository / asked.name, schema.render(made))
-    return asked.name
+    repository.has_model(where.repository / asked.name, schema.render(made))
+    return made
 
 
 def _report(finding: Finding) -> FindingReport:

@@ -53,9 +53,10 @@ def make(served: Served, name: str, options: Options, engines: Mapping[str, str]
     config.max_batch_size = _max_batch_size(served, options)
     batched = config.max_batch_size > 0
     _tensors(config, served, batched)
-    _version_policy(config, options.version_policy)
-    _dynamic_batching(config, served, options)
-    _instances(config, served, options)
+    with schema.numbers_that_fit():
+        _version_policy(config, options.version_policy)
+        _dynamic_batching(config, served, options)
+        _instances(config, served, options)
     _optimization(config, served, options)
     config.default_model_filename = DEFAULT_FILES[served.backend]
     for capability in sorted(engines):
@@ -72,7 +73,7 @@ def make(served: Served, name: str, options: Options, engines: Mapping[str, str]
     if options.merged is not None:
         with storage_errors("read", options.merged):
             text = options.merged.read_text(encoding="utf-8", errors="replace")
-        config.MergeFrom(schema.parse(text, str(options.merged)))
+        schema.lay_over(config, schema.parse(text, str(options.merged)))
     return Made(config, warm_up, tuple(_warnings(served, config, options)))
 
 

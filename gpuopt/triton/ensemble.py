@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpuopt.errors import ConfigurationError, UsageError
 from gpuopt.storage import storage_errors
@@ -36,61 +37,98 @@ def make(name: str, steps: Sequence[ModelConfig], renamed: Mapping[str, str]) ->
 
     A tensor goes to the input of the same name, or to the one that `renamed` says, or, where one output is left and one
     input is open, to that. What no earlier step makes, is an input of the ensemble; the last step's outputs are its
-    outputs.
+    outputs. Tensors meet if Triton takes them for consistent.
 
     Args:
         steps: configurations in order.
-        renamed: `MODEL.OUTPUT` to `MODEL.INPUT`.
+        renamed: `MODEL.INPUT` to the `MODEL.OUTPUT` that it takes.
 
     Raises:
-        UsageError: a name in `renamed` is none of theirs.
-        ConfigurationError: two tensors that meet differ in data type.
+        UsageError: a name in `renamed` is none of theirs, or an output is not made before the step that takes it.
+        ConfigurationError: two tensors that meet differ in data type or shape.
     """
     ensemble = schema.new()
     ensemble.name = name
     ensemble.platform = "ensemble"
     ensemble.max_batch_size = min(step.max_batch_size for step in steps)
     _check_names(steps, renamed)
-    made: dict[str, tuple[str, int]] = {}
+    made: dict[str, tuple[str, Any, int]] = {}
     for index, step in enumerate(steps):
         entry = ensemble.ensemble_scheduling.step.add()
         entry.model_name = step.name
         entry.model_version = -1
-        previous = {t.name for t in steps[index - 1].output} if index else set()
-        unmatched = [t.name for t in step.input if t.name not in previous]
+        sources = _sources(step, steps[index - 1] if index else None, renamed)
         for tensor in step.input:
-            source = next(
-                (out for out, target in renamed.items() if target == f"{step.name}.{tensor.name}"),
-                f"{steps[index - 1].name}.{tensor.name}" if tensor.name in previous else "",
-            )
-            if not source and index and len(previous) == 1 and len(unmatched) == 1:
-                source = f"{steps[index - 1].name}.{next(iter(previous))}"
-            if not source:
+            source = sources.get(tensor.name)
+            if source is None:
                 entry.input_map[tensor.name] = tensor.name
                 _add(ensemble.input, tensor, tensor.name)
                 continue
-            inner, data_type = made[source]
-            if data_type != tensor.data_type:
-                raise ConfigurationError(
-                    f"{source} is {schema.value_name('', 'DataType', data_type)}, "
-                    f"{step.name}.{tensor.name} takes {schema.value_name('', 'DataType', tensor.data_type)}",
-                    "Let the step before write the type that the next one reads.",
+            if source not in made:
+                raise UsageError(
+                    f"--map {source}={step.name}.{tensor.name}: no step before '{step.name}' makes '{source}'",
+                    "Steps run in the order of --before, the model, --after.",
                 )
+            inner, origin, largest = made[source]
+            _check_meeting(source, origin, largest, f"{step.name}.{tensor.name}", tensor, step.max_batch_size)
             entry.input_map[tensor.name] = inner
         last = index == len(steps) - 1
         for tensor in step.output:
             inner = tensor.name if last else f"{step.name}.{tensor.name}"
             entry.output_map[tensor.name] = inner
-            made[f"{step.name}.{tensor.name}"] = inner, tensor.data_type
+            made[f"{step.name}.{tensor.name}"] = inner, tensor, step.max_batch_size
             if last:
                 _add(ensemble.output, tensor, tensor.name)
     return ensemble
 
 
+def _sources(step: ModelConfig, before: ModelConfig | None, renamed: Mapping[str, str]) -> dict[str, str]:
+    """By each of a step's inputs that some step makes, what it takes: `MODEL.OUTPUT`."""
+    names = [tensor.name for tensor in step.input]
+    found = {name: renamed[f"{step.name}.{name}"] for name in names if f"{step.name}.{name}" in renamed}
+    if before is None:
+        return found
+    outputs = {tensor.name: f"{before.name}.{tensor.name}" for tensor in before.output}
+    found |= {name: outputs[name] for name in names if name in outputs and name not in found}
+    taken = {*renamed.values(), *found.values()}
+    left = [source for source in outputs.values() if source not in taken]
+    still_open = [name for name in names if name not in found]
+    if len(left) == 1 and len(still_open) == 1:
+        found[still_open[0]] = left[0]
+    return found
+
+
+def _check_meeting(source: str, given: Any, given_batch: int, target: str, taken: Any, taken_batch: int) -> None:
+    if given.data_type != taken.data_type:
+        raise ConfigurationError(
+            f"{source} is {schema.value_name('', 'DataType', given.data_type)}, "
+            f"{target} takes {schema.value_name('', 'DataType', taken.data_type)}",
+            "Let the step before write the type that the next one reads.",
+        )
+    # As Triton compares them: alone, or with the batch that max_batch_size puts in front.
+    pairs = [
+        (tuple(given.dims), tuple(taken.dims)),
+        (_whole(given, given_batch), _whole(taken, taken_batch)),
+    ]
+    if not any(_is_one_shape(*pair) for pair in pairs):
+        raise ConfigurationError(
+            f"{source} is {list(pairs[1][0])}, {target} takes {list(pairs[1][1])}",
+            "Let the step before write the shape that the next one reads, or map another tensor: --map.",
+        )
+
+
+def _whole(tensor: Any, largest_batch: int) -> tuple[int, ...]:
+    return (*((-1,) if largest_batch > 0 else ()), *tensor.dims)
+
+
+def _is_one_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))
+
+
 def _check_names(steps: Sequence[ModelConfig], renamed: Mapping[str, str]) -> None:
     outputs = {f"{step.name}.{tensor.name}" for step in steps for tensor in step.output}
     inputs = {f"{step.name}.{tensor.name}" for step in steps for tensor in step.input}
-    for source, target in renamed.items():
+    for target, source in renamed.items():
         for name, known in ((source, outputs), (target, inputs)):
             if name not in known:
                 raise UsageError(

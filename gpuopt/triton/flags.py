@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from gpuopt.triton.options import (
 )
 from gpuopt.triton.served import Backend
 
+# A path may have a `=` of its own.
+_CAPABILITY = re.compile(r"(\d+\.\d+)=")
 _BACKENDS: Mapping[str, Backend] = {"tensorrt": "tensorrt", "onnxruntime": "onnxruntime", "pytorch": "pytorch"}
 
 
@@ -117,7 +120,20 @@ def ensemble(
         return None
     if not before and not after:
         raise UsageError(f"--ensemble {name} has no step but the model", "Name some with --before and --after.")
-    return EnsembleRequest(name, tuple(before), tuple(after), pairs(mapping, "--map"))
+    return EnsembleRequest(name, tuple(before), tuple(after), _mapped(mapping))
+
+
+def _mapped(texts: Sequence[str]) -> dict[str, str]:
+    """Outputs by the inputs that take them: an output may go to several inputs, an input has one source."""
+    found: dict[str, str] = {}
+    for text in texts:
+        ((source, target),) = pairs([text], "--map").items()
+        if target in found:
+            raise UsageError(
+                f"--map: '{target}' has two sources, {found[target]} and {source}", "Leave one of them out."
+            )
+        found[target] = source
+    return found
 
 
 def options(batching: Batching, running: Running, plan: Path | None) -> Options:
@@ -176,8 +192,11 @@ def _batching(given: Batching) -> DynamicBatching | None:
 
 
 def _engines(texts: Sequence[str]) -> tuple[tuple[str, Path], ...]:
-    parts = [text.rpartition("=") for text in texts]
-    return tuple((capability, Path(folder)) for capability, _, folder in parts)
+    found = []
+    for text in texts:
+        capability = _CAPABILITY.match(text)
+        found.append((capability[1], Path(text[capability.end() :])) if capability else ("", Path(text)))
+    return tuple(found)
 
 
 def _planned(found: SettingsReport) -> DynamicBatching:

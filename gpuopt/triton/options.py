@@ -81,7 +81,7 @@ class Options:
         warm_up: whether warm-up requests are made of the reference's inputs.
         version_policy: `all`, `latest:N`, `specific:N,N`; empty: Triton's default, the latest one.
         latency_buckets: ends of the histogram of first responses, milliseconds.
-        merged: a file of further fields, laid over the rest.
+        merged: a file of further fields, laid over the rest as `schema.lay_over` does it.
     """
 
     max_batch_size: int | None = None

@@ -69,10 +69,7 @@ def place(repository: Path, model: str, version: int | None) -> Place:
         UsageError: a name that Triton or the file system would not take, or the version is there already.
         StorageError: the repository cannot be read.
     """
-    if not _NAME.fullmatch(model):
-        raise UsageError(
-            f"'{model}' is no model's name", "Use letters, digits and _ . + - ; --name sets it."
-        )  # fmt: skip
+    check_name(model, "--name sets it.")
     if repository.exists() and not repository.is_dir():
         raise UsageError(f"{repository} is not a folder", "Name a model repository with --output.")
     there = versions(repository / model)
@@ -83,6 +80,16 @@ def place(repository: Path, model: str, version: int | None) -> Place:
             f"Leave --version out to write {max(there) + 1}, or remove it.",
         )
     return Place(repository, model, chosen)
+
+
+def check_name(model: str, hint: str = "") -> None:
+    """Refuse a name that is no folder of a repository.
+
+    Raises:
+        UsageError: Triton or the file system would not take it.
+    """
+    if not _NAME.fullmatch(model):
+        raise UsageError(f"'{model}' is no model's name", f"Use letters, digits and _ . + - ; {hint}".rstrip(" ;"))
 
 
 def versions(model_folder: Path) -> list[int]:
@@ -149,20 +156,31 @@ def _fill(version: Path, content: Content, where: Place) -> None:
         write_text(version / name, text)
 
 
-def write_model(folder: Path, config: str) -> None:
-    """Write a model that has a configuration and no file, as an ensemble: its version 1 is an empty folder.
+def has_model(folder: Path, config: str) -> bool:
+    """Whether a model without a file is there with this configuration already.
 
     Raises:
         UsageError: there is such a model with another configuration.
-        StorageError: it cannot be written.
+        StorageError: it cannot be read.
     """
     path = folder / CONFIG_FILE
     if path.is_file():
         with storage_errors("read", path):
             if path.read_text(encoding="utf-8", errors="replace") == config:
-                return
+                return True
     if folder.exists():
         raise UsageError(f"{folder} exists", "Choose another --ensemble, or remove it.")
+    return False
+
+
+def write_model(folder: Path, config: str) -> None:
+    """Write a model that has a configuration and no file, as an ensemble: its version 1 is an empty folder.
+
+    Raises:
+        UsageError, StorageError: as `has_model`; it cannot be written.
+    """
+    if has_model(folder, config):
+        return
     repository = folder.parent
     with storage_errors("write", repository):
         repository.mkdir(parents=True, exist_ok=True)
@@ -199,6 +217,8 @@ def _link_rest(present: Path, staged: Path) -> None:
     for path in sorted(present.rglob("*")):
         copy = staged / path.relative_to(present)
         if path.is_symlink():
+            if os.path.lexists(copy):
+                continue
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path.readlink())
         elif path.is_dir():

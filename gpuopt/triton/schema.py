@@ -7,14 +7,15 @@ be installed beside onnx.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.descriptor import Descriptor
 
-from gpuopt.errors import ConfigurationError
+from gpuopt.errors import ConfigurationError, UsageError, one_line
 
 PACKAGE = "inference"
 _FILE = "gpuopt/model_config.proto"
@@ -211,6 +212,41 @@ def parse(text: str, origin: str) -> ModelConfig:
             "The line and column say where; fields are those of Triton's model_config.proto.",
         ) from error
     return message
+
+
+def lay_over(config: ModelConfig, fragment: ModelConfig) -> None:
+    """Set what a fragment sets: a list takes the place of the one that is there, keys of a map are added to it.
+
+    A zero and a `false` in the fragment are as if they were not there: the format does not tell them apart.
+    """
+    _clear(config, fragment)
+    config.MergeFrom(fragment)
+
+
+def _clear(config: Any, fragment: Any) -> None:
+    """What a fragment sets, messages and maps apart: merging would add to a list."""
+    for field, value in fragment.ListFields():
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        if hasattr(value, "ListFields"):
+            if config.HasField(field.name):
+                _clear(getattr(config, field.name), value)
+        elif not is_map:
+            config.ClearField(field.name)
+
+
+@contextlib.contextmanager
+def numbers_that_fit() -> Iterator[None]:
+    """For assignments to a message: a number that its field does not hold is the user's mistake.
+
+    Raises:
+        UsageError: there was one.
+    """
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"a number is larger than Triton's configuration can hold: {one_line(error)}", "Give a smaller one."
+        ) from error
 
 
 def render(config: ModelConfig) -> str:

@@ -84,6 +84,7 @@ def test_a_mistake_has_its_exit_code_and_three_lines(gpuopt: Gpuopt, table: Path
         (2, (table, "--target", "p99=30ms")),
         (2, (table, *rate, "--target", "30ms")),
         (2, (table, *rate, "--target", "p99=30ms", "--max-batch-size", "64")),
+        (2, (table, *rate, "--target", "p99=30ms", "--max-queue-size", "5000000000")),
         (2, (table, *rate, "--target", "p99=30ms", "--burstiness", "2")),
         (2, (table, *rate, "--target", "p99=30ms", "--plot", "plan.pdf")),
         (2, (table, *rate, "--target", "p99=30ms", "--against", tmp_path / "none.pbtxt")),

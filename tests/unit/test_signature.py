@@ -22,6 +22,9 @@ from gpuopt.inspection.command import inspect
 from gpuopt.inspection.integrity import check
 from gpuopt.profiling import command as profiling
 from gpuopt.progress import choose
+from gpuopt.triton import command as triton
+from gpuopt.triton.options import Options
+from gpuopt.triton.repository import write_model
 from tests.unit.inspection import bundles
 
 minisign = pytest.importorskip("minisign", reason="py-minisign is not installed: pip install 'gpuopt[sign]'")
@@ -199,6 +202,29 @@ def test_nothing_is_opened_before_the_signature_holds(
     shutil.copyfile(signed / bundles.ENGINE, tmp_path / "alone.engine")
     with pytest.raises(StorageError, match="is not a gpuopt bundle"):
         gpuopt.load(tmp_path / "alone.engine", public_key=key.file)
+
+
+def test_a_model_repository_is_made_of_signed_bundles(signed: Path, key: Key, tmp_path: Path) -> None:
+    unsigned = bundles.make(tmp_path / "other.gpuopt", engine=bundles.record(compute_capabilities=("8.6",)))
+    root = tmp_path / "repository"
+
+    def write(key_text: str, *engines: Path) -> None:
+        options = Options(engines_for=tuple(("", engine) for engine in engines))
+        triton.write(triton.Request(signed, root, "m", options=options, public_key=key_text), [])
+
+    other = Key(tmp_path, "other").text
+    for attempt in (lambda: write(other), lambda: write(key.text, unsigned)):
+        with pytest.raises(SignatureError):
+            attempt()
+    assert not root.exists()
+    write(key.text)
+    write_model(root / "e", 'platform: "ensemble" ensemble_scheduling { }')
+    for path in (root / "m", root / "e"):
+        with pytest.raises(SignatureError):
+            triton.check_config(signed, path, None, None, [], other)
+        with pytest.raises(StorageError, match="is not a gpuopt bundle"):
+            triton.check_config(tmp_path / "none", path, None, None, [])
+    assert triton.check_config(signed, root / "m", None, None, [], key.text).passed
 
 
 def test_a_linked_engine_does_not_borrow_a_signature(signed: Path, key: Key, tmp_path: Path) -> None:

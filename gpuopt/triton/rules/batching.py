@@ -9,6 +9,7 @@ from gpuopt.durations import written
 from gpuopt.triton.rules.finding import Finding, Subject, error, warning
 
 _DELAY = 1
+_DEFAULT = "default_queue_policy"
 
 
 def max_batch_size(subject: Subject) -> Iterator[Finding]:
@@ -74,7 +75,7 @@ def preferred_sizes(subject: Subject) -> Iterator[Finding]:
 
 
 def priorities(subject: Subject) -> Iterator[Finding]:
-    """With priority levels the default is one of them, and so is each policy's."""
+    """With priority levels the default is one of them, and so is each policy's; without them policies do nothing."""
     batching = subject.config.dynamic_batching
     levels = batching.priority_levels
     if levels and not 1 <= batching.default_priority_level <= levels:
@@ -83,7 +84,12 @@ def priorities(subject: Subject) -> Iterator[Finding]:
             f"Write one of 1 to {levels}; 1 is served first.",
         )  # fmt: skip
     for level in sorted(batching.priority_queue_policy):
-        if not 1 <= level <= levels:
+        if not levels:
+            yield warning(
+                "priorities", f"priority_queue_policy {level}", "there are no priority_levels, and it does nothing",
+                "Leave it out, or write them.",
+            )  # fmt: skip
+        elif not 1 <= level <= levels:
             yield error(
                 "priorities", f"priority_queue_policy {level}", f"there are {levels} levels",
                 "Write a level that is there, or raise priority_levels.",
@@ -104,6 +110,7 @@ def ordering(subject: Subject) -> Iterator[Finding]:
             "ordering", "preserve_ordering", f"it excludes priority_levels {batching.priority_levels}",
             "Leave one of the two out.",
         )  # fmt: skip
+    # Those of priorities as well: Triton refuses them even where it does not use them.
     for path, policy in _policies(batching):
         if policy.timeout_action == _DELAY and policy.default_timeout_microseconds:
             yield error("ordering", path, "preserve_ordering excludes timeout_action DELAY", "Write REJECT.")
@@ -113,9 +120,9 @@ def timeouts(subject: Subject) -> Iterator[Finding]:
     """A timeout below the queue delay drops what the batcher still holds; an action without a timeout does nothing."""
     batching = subject.config.dynamic_batching
     delay = batching.max_queue_delay_microseconds
-    for path, policy in _policies(batching):
+    for path, policy in _used_policies(batching):
         timeout = policy.default_timeout_microseconds
-        if timeout and timeout <= delay:
+        if timeout and timeout <= delay and policy.timeout_action != _DELAY:
             yield error(
                 "timeouts", f"{path}.default_timeout_microseconds",
                 f"{written(timeout)}, and the batcher may hold a request for {written(delay)}",
@@ -136,7 +143,7 @@ def timeouts(subject: Subject) -> Iterator[Finding]:
 
 def queue_size(subject: Subject) -> Iterator[Finding]:
     """A queue shorter than a batch never fills one."""
-    for path, policy in _policies(subject.config.dynamic_batching):
+    for path, policy in _used_policies(subject.config.dynamic_batching):
         if 0 < policy.max_queue_size < subject.config.max_batch_size:
             yield warning(
                 "queue_size", f"{path}.max_queue_size",
@@ -193,8 +200,12 @@ def stateful(subject: Subject) -> Iterator[Finding]:
         yield error("stateful", "minimum_slot_utilization", f"{share:g} is no share", "Write a number from 0 to 1.")
 
 
+def _used_policies(batching: Any) -> Iterator[tuple[str, Any]]:
+    return ((path, policy) for path, policy in _policies(batching) if path == _DEFAULT or batching.priority_levels)
+
+
 def _policies(batching: Any) -> Iterator[tuple[str, Any]]:
     if batching.HasField("default_queue_policy"):
-        yield "default_queue_policy", batching.default_queue_policy
+        yield _DEFAULT, batching.default_queue_policy
     for level in sorted(batching.priority_queue_policy):
         yield f"priority_queue_policy {level}", batching.priority_queue_policy[level]

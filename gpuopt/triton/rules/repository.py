@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from gpuopt.storage import sha256_file
 from gpuopt.triton import repository
 from gpuopt.triton.rules.finding import Finding, Subject, error, warning
+from gpuopt.triton.schema import ModelConfig
 from gpuopt.triton.served import DEFAULT_FILES, PLATFORMS
 
 
@@ -72,13 +75,20 @@ def versions(subject: Subject) -> Iterator[Finding]:
             "versions", "version_policy", f"{subject.folder.name} has no version's folder",
             "Make one: a number that does not begin with 0.",
         )  # fmt: skip
-    policy = subject.config.version_policy
-    for version in policy.specific.versions:
-        if version not in there:
-            yield error(
-                "versions", "version_policy.specific", f"version {version} is not there",
-                f"There are {', '.join(map(str, there)) or 'none'}.",
-            )  # fmt: skip
+    yield from version_policy(subject.config, there)
+
+
+def version_policy(config: ModelConfig, there: Sequence[int]) -> Iterator[Finding]:
+    """Whether the policy lets Triton serve one of the versions that are there."""
+    policy = config.version_policy
+    missing = [version for version in policy.specific.versions if version not in there]
+    # Triton leaves out what is not there, and refuses the model where nothing is left.
+    found = error if len(missing) == len(policy.specific.versions) else warning
+    for version in missing:
+        yield found(
+            "versions", "version_policy.specific", f"version {version} is not there",
+            f"There are {', '.join(map(str, there)) or 'none'}.",
+        )  # fmt: skip
     if policy.HasField("specific") and not policy.specific.versions:
         yield error("versions", "version_policy.specific", "it names no version", "Name one, or write latest.")
     if policy.HasField("latest") and policy.latest.num_versions == 0:
@@ -87,19 +97,36 @@ def versions(subject: Subject) -> Iterator[Finding]:
 
 def files(subject: Subject) -> Iterator[Finding]:
     """Every version holds the files that the configuration names."""
-    if subject.folder is None or subject.backend not in DEFAULT_FILES:
+    if subject.folder is None:
         return
-    named = {
-        "default_model_filename": subject.config.default_model_filename
-        or next(name for backend, name in DEFAULT_FILES.items() if backend == subject.backend),
-        **{f"cc_model_filenames {k}": v for k, v in subject.config.cc_model_filenames.items()},
-    }
     for version in repository.versions(subject.folder):
-        for field, file in named.items():
-            if not (subject.folder / str(version) / file).exists():
-                yield error(
-                    "files", field, f"version {version} has no {file}", "Put it there, or write the file's name."
-                )
+        yield from named_files(subject, version, functools.partial(_holds, subject.folder / str(version)))
+
+
+def _holds(folder: Path, file: str) -> bool:
+    return (folder / file).exists()
+
+
+def named_files(subject: Subject, version: int, is_there: Callable[[str], bool]) -> Iterator[Finding]:
+    """Whether a version holds the files that the configuration names."""
+    default = next((name for backend, name in DEFAULT_FILES.items() if backend == subject.backend), "")
+    if not default:
+        return
+    named = subject.config.cc_model_filenames
+    written = subject.config.default_model_filename
+    for field, file in (
+        ("default_model_filename", written or default),
+        *((f"cc_model_filenames {capability}", named[capability]) for capability in sorted(named)),
+    ):
+        if is_there(file):
+            continue
+        if field == "default_model_filename" and named and not written:
+            yield warning(
+                "files", field, f"version {version} has no {file}: it runs on compute capabilities "
+                f"{', '.join(sorted(named))} alone", "Put it there if the server has other GPUs.",
+            )  # fmt: skip
+        else:
+            yield error("files", field, f"version {version} has no {file}", "Put it there, or write the file's name.")
 
 
 def is_this_engine(subject: Subject) -> Iterator[Finding]:

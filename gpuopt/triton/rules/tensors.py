@@ -23,10 +23,31 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Any, ServedTensor]]:
         ("input", subject.config.input, subject.served.inputs),
         ("output", subject.config.output, subject.served.outputs),
     ):
-        known = {tensor.name: tensor for tensor in tensors}
-        for entry in field:
-            if entry.name in known:
-                yield f"{path} '{entry.name}'", entry, known[entry.name]
+        for entry, tensor in _matched(subject, path, field, tensors):
+            if tensor is not None:
+                yield f"{path} '{entry.name}'", entry, tensor
+
+
+def _matched(
+    subject: Subject, path: str, field: Sequence[Any], tensors: Sequence[ServedTensor]
+) -> list[tuple[Any, ServedTensor | None]]:
+    """Every entry with the engine's tensor that it is for; None: there is none.
+
+    The pytorch backend counts where all names are `<name>__<index>`: outputs always, inputs if they are not forward's.
+    """
+    known = {tensor.name: tensor for tensor in tensors}
+    indices = [_index(entry.name) for entry in field]
+    counts = path == "output" or not all(entry.name in known for entry in field)
+    if subject.backend == "pytorch" and counts and None not in indices:
+        by_index = dict(enumerate(tensors))
+        return [(entry, by_index.get(index)) for entry, index in zip(field, indices, strict=True) if index is not None]
+    return [(entry, known.get(entry.name)) for entry in field]
+
+
+def _index(name: str) -> int | None:
+    """The index of `<name>__<index>`; None: it is not of that form."""
+    _, separator, index = name.rpartition("__")
+    return int(index) if separator and index.isdecimal() else None
 
 
 def _fields(subject: Subject) -> Iterator[tuple[str, Any]]:
@@ -44,11 +65,12 @@ def names(subject: Subject) -> Iterator[Finding]:
         ("output", subject.config.output, subject.served.outputs),
     ):
         known = [tensor.name for tensor in tensors]
-        written = [entry.name for entry in field]
-        for name in sorted(set(written) - set(known)):
+        matched = _matched(subject, path, field, tensors)
+        for name in sorted({entry.name for entry, tensor in matched if tensor is None}):
             yield error(
                 "names", f"{path} '{name}'", f"the engine has no such {path}", f"Its {path}s: {', '.join(known)}."
             )
+        written = [tensor.name for _, tensor in matched if tensor is not None]
         for name in known:
             if name not in written and path == "input":
                 yield error(
@@ -256,14 +278,14 @@ def pytorch_names(subject: Subject) -> Iterator[Finding]:
         return
     indices = []
     for entry in subject.config.output:
-        _, separator, index = entry.name.rpartition("__")
-        if not separator or not index.isdecimal():
+        index = _index(entry.name)
+        if index is None:
             yield error(
                 "pytorch_names", f"output '{entry.name}'", "the pytorch backend cannot tell which output it is",
                 f"Name it {entry.name}__0, with the output's index behind two underscores.",
             )  # fmt: skip
         else:
-            indices.append(int(index))
+            indices.append(index)
     if len(set(indices)) != len(indices):
         yield error("pytorch_names", "output", "two outputs have one index", "Number them from 0.")
 

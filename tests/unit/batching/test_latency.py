@@ -63,6 +63,9 @@ def test_a_bench_report(tmp_path: Path) -> None:
     assert found.streams_spread[2][0] == pytest.approx(1.99 / 1.26)
     assert found.slowdown(4) == pytest.approx((1.0, 1.25, 3 / 1.8, 2.0))
     assert found.depths == {1: 2.5, 2: 2.0}
+    # Eight instances bring what four do.
+    assert found.service(8, 0.0, instances=8).slowdown[7] == pytest.approx(8 / 2.0)
+    assert len(found.service(8, 0.0).slowdown) == 4
 
 
 def test_service_times_follow_the_percentiles(tmp_path: Path) -> None:
@@ -102,6 +105,10 @@ def test_tables(tmp_path: Path) -> None:
         ("size,time\n1,2\n", "no table"),
         ("batch,p50\n1,two\n", "line 2"),
         ("batch,p50\n1\n", "line 2"),
+        ("batch,p50\nnan,1\n", "line 2: batch nan"),
+        ("batch,p50\ninf,1\n", "line 2: batch inf"),
+        ("batch,p50\n1.5,1\n", "line 2: batch 1.5"),
+        ("batch,p50\n1," + 200_000 * "1" + "\n", "no table"),
         ("batch,p500\n1,2\n", "no percentile"),
         ("batch,p50\n1,0\n", "no time above zero"),
         ("batch,p50\n0,1\n", "no time above zero"),

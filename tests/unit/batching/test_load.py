@@ -45,6 +45,7 @@ def test_a_trace_keeps_its_gaps(tmp_path: Path) -> None:
         ("\n".join(map(str, range(200, 0, -1))), "do not ascend"),
         ("\n".join(["1"] * 200), "at once"),
         ("\n".join([*map(str, range(200)), "nan"]), "do not ascend"),
+        ("\n".join([*map(str, range(200)), 200_000 * "1"]), "is no CSV"),
     ],
 )
 def test_a_trace_that_is_none(tmp_path: Path, text: str, told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -77,6 +78,63 @@ def test_instances_that_pay_and_that_do_not(tmp_path: Path) -> None:
     assert [one.settings.instances for one in found["no"].by_instances] == [1, 2]
 
 
+def test_more_instances_than_were_measured_bring_nothing(tmp_path: Path) -> None:
+    table = json.dumps({"batches": {"1": 4.0, "8": 8.0}, "streams": {"2": 1.4}})
+    for instances in (1, 2, 4, 8):
+        asked = problem(tmp_path, table, 300, 60, instances=instances)
+        service, settings = asked.service(), Settings(8, instances=instances)
+        most = 1000 if instances == 1 else 1400
+        assert plan.ceiling(service, settings) == pytest.approx(most)
+        assert plan.run(asked, service, settings, 9000, plan.COARSE).throughput == pytest.approx(most, rel=0.02)
+
+
+def test_a_load_that_cannot_be_served_for_long_does_not_hold(tmp_path: Path) -> None:
+    asked = problem(tmp_path, "batch,p50\n1,0.5\n64,1.0\n", 65_000, 1000)
+    service, settings = asked.service(), Settings(64)
+    # 64 000 requests/s are the most: after a second of 65 000 they wait for 16 ms, and for longer every second.
+    outcome = plan.run(asked, service, settings, 65_000, 65_000)
+    assert asked.target.holds(outcome)
+    assert not asked.holds(service, settings, 65_000, outcome)
+    assert asked.holds(service, settings, 60_000, plan.run(asked, service, settings, 60_000, 65_000))
+    assert plan.capacity(asked, service, settings, plan.COARSE) < 64_000
+    # A share that is refused need not be served.
+    limited = dataclasses.replace(settings, max_queue_size=6400)
+    dropping = dataclasses.replace(asked, target=Target(99, 1.0, 0.05))
+    outcome = plan.run(asked, service, limited, 65_000, 650_000)
+    assert outcome.refused
+    assert dropping.holds(service, limited, 65_000, outcome)
+    assert not dropping.holds(service, limited, 68_000, outcome)
+
+
+def test_a_simulation_is_long_beside_the_target(tmp_path: Path) -> None:
+    asked = problem(tmp_path, LINEAR, 1000, 1000)
+    assert [asked.length(plan.FINE, rate) for rate in (1000, 5000, 1e6)] == [40_000, 100_000, 200_000]
+
+
+def test_the_advised_queue_keeps_an_overload_within_the_target(tmp_path: Path) -> None:
+    asked = problem(tmp_path, LINEAR, 300, 60)
+    service, settings = asked.service(), Settings(32)
+    best = plan.Candidate(settings, plan.capacity(asked, service, settings, plan.COARSE))
+    size = plan.queue_size(asked, service, best)
+    assert size > 32
+    for overload in (1.2, 1.5, 3):
+        limited = dataclasses.replace(settings, max_queue_size=size)
+        outcome = plan.run(asked, service, limited, overload * best.capacity, plan.COARSE)
+        assert outcome.refused
+        assert outcome.percentile(99) <= 0.060
+
+
+def test_what_a_preferred_size_and_a_delay_demand(tmp_path: Path) -> None:
+    for fixed in ({"max_batch_size": 8}, {}):
+        with pytest.raises(UsageError, match="--preferred-batch-size 256 is larger than the largest batch"):
+            search(problem(tmp_path, LINEAR, 300, 60, preferred_batch_size=(256,), **fixed))
+    candidates = list(plan._candidates(problem(tmp_path, LINEAR, 300, 60, preferred_batch_size=(16,))))
+    assert {candidate.preferred_batch_size for candidate in candidates} == {(16,)}
+    assert min(candidate.max_batch_size for candidate in candidates) == 16
+    with pytest.raises(SpeedError, match="--max-queue-delay lets a request wait for 50 ms"):
+        search(problem(tmp_path, LINEAR, 10, 20, max_batch_size=8, max_queue_delay_microseconds=50_000))
+
+
 def test_fixed_settings_are_kept(tmp_path: Path) -> None:
     found = search(
         problem(
@@ -135,6 +193,46 @@ def test_a_load_beyond_the_capacity_is_an_error_and_still_a_plan(tmp_path: Path)
     assert "spread the load over" in answer.error.hint
     assert not answer.report.holds
     assert answer.report.capacity > 0
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulations of a few requests, where it is not about their numbers."""
+    for name in ("COARSE", "FINE", "FINAL"):
+        monkeypatch.setattr(plan, name, 2000)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_queue_that_grows_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("batch,p50\n1,0.5\n64,1.0\n")
+    asked = dataclasses.replace(request(path, 65_000, max_batch_size=64, max_queue_delay="0ms"), target=Target(99, 1.0))
+    answer = command.make(asked, ["gpuopt"], Silent())
+    assert not answer.report.holds
+    assert answer.error is not None
+    assert "at most 64000 requests/s can be served" in answer.error.message
+
+
+@pytest.mark.usefixtures("short")
+def test_settings_that_refuse_every_request(tmp_path: Path) -> None:
+    path, other = tmp_path / "table", tmp_path / "other.pbtxt"
+    path.write_text(json.dumps({"batches": {"1": 4.0, "8": 8.0}, "streams": {"2": 1.4}}))
+    other.write_text(
+        "max_batch_size: 8 instance_group { count: 8 } dynamic_batching { max_queue_delay_microseconds: 20000 "
+        "default_queue_policy { default_timeout_microseconds: 1000 } }"
+    )
+    asked = request(path, 10, max_batch_size=8, max_queue_delay="0ms")
+    made = command.make(dataclasses.replace(asked, against=other), ["gpuopt"], Silent()).report
+    assert made.against is not None
+    assert (made.against.at_load.p99_ms, made.against.at_load.drop_rate, made.against.holds) == (None, 1, False)
+    assert report.PlanReport.model_validate_json(made.model_dump_json()) == made
+    assert "none" in report.render(made)
+    assert "instances were measured up to 2: more are taken to bring nothing" in made.warnings
+
+
+def test_a_number_that_triton_s_configuration_does_not_hold() -> None:
+    with pytest.raises(UsageError, match="larger than Triton's configuration can hold"):
+        command.config_block(Settings(8, max_queue_size=2**32), on_cpu=False)
 
 
 @pytest.mark.parametrize("target", ["p99", "99=20", "p100=1ms", "p0=1ms", "=1ms", "p99=0ms", "p99=-1ms"])

@@ -57,9 +57,40 @@ def test_a_fragment_is_laid_over_the_rest(tmp_path: Path) -> None:
     made = config.make(served(tmp_path), "m", Options(merged=fragment), {})
     assert made.config.parameters["a"].string_value == "b"
     assert made.config.optimization.eager_batching
+    fragment.write_text(
+        "instance_group { kind: KIND_GPU count: 4 } version_policy { specific { versions: 3 } } dynamic_batching "
+        "{ preferred_batch_size: 4 priority_levels: 1 default_priority_level: 1 } metric_tags { key: 'a' value: '2' }"
+    )
+    asked = Options(
+        merged=fragment, version_policy="specific:1,2", metric_tags={"a": "1", "b": "1"},
+        dynamic_batching=DynamicBatching(preferred_batch_size=(2, 8), max_queue_delay_microseconds=5),
+    )  # fmt: skip
+    made = config.make(served(tmp_path), "m", asked, {})
+    assert [group.count for group in made.config.instance_group] == [4]
+    assert list(made.config.version_policy.specific.versions) == [3]
+    batching = made.config.dynamic_batching
+    assert (list(batching.preferred_batch_size), batching.max_queue_delay_microseconds) == ([4], 5)
+    assert dict(made.config.metric_tags) == {"a": "2", "b": "1"}
     fragment.write_text("eager: true")
     with pytest.raises(ConfigurationError, match=r"more\.pbtxt is not a model configuration"):
         config.make(served(tmp_path), "m", Options(merged=fragment), {})
+
+
+def test_numbers_that_triton_s_configuration_does_not_hold(tmp_path: Path) -> None:
+    for asked in (
+        Options(dynamic_batching=DynamicBatching(default_queue_policy=QueuePolicy(max_queue_size=5_000_000_000))),
+        Options(dynamic_batching=DynamicBatching(priority_levels=2**64)),
+        Options(instances=(InstanceGroup("KIND_GPU", 2**31),)),
+        Options(version_policy=f"latest:{2**32}"),
+    ):
+        with pytest.raises(UsageError, match="larger than Triton's configuration can hold"):
+            config.make(served(tmp_path), "m", asked, {})
+
+
+def test_a_capability_stands_before_a_bundle_whatever_its_path() -> None:
+    assert flags._engines(("8.6=/data/run=3/a.gpuopt", "/data/run=3/a.gpuopt", "9.0=b.gpuopt")) == (
+        ("8.6", Path("/data/run=3/a.gpuopt")), ("", Path("/data/run=3/a.gpuopt")), ("9.0", Path("b.gpuopt")),
+    )  # fmt: skip
 
 
 def test_instance_groups() -> None:
@@ -123,7 +154,58 @@ def test_an_ensemble_by_names_and_by_the_only_tensor_left() -> None:
     assert [t.name for t in made.input] == ["x"]
     assert [t.name for t in made.output] == ["out"]
     with pytest.raises(UsageError, match=r"'b\.no' is none of the steps' tensors"):
-        ensemble.make("e", steps, {"b.no": "c.z"})
+        ensemble.make("e", steps, {"c.z": "b.no"})
+    with pytest.raises(UsageError, match=r"no step before 'a' makes 'c\.out'"):
+        ensemble.make("e", steps, {"a.x": "c.out"})
+
+
+def test_what_is_matched_already_is_not_left(tmp_path: Path) -> None:
+    decode = schema.parse(STEP.format(name="decode", given="raw", made="image", kind="UINT8"), "it")
+    model = schema.parse(
+        STEP.format(name="m", given="image", made="y", kind="FP32")
+        + 'input { name: "mask" data_type: TYPE_FP32 dims: [3] }',
+        "it",
+    )
+    made = ensemble.make("e", [decode, model], {})
+    assert dict(made.ensemble_scheduling.step[1].input_map) == {"image": "decode.image", "mask": "mask"}
+    assert [t.name for t in made.input] == ["raw", "mask"]
+    mapped = ensemble.make("e", [decode, model], {"m.mask": "decode.image", "m.image": "decode.image"})
+    assert dict(mapped.ensemble_scheduling.step[1].input_map) == {"image": "decode.image", "mask": "decode.image"}
+
+
+def test_a_mapped_input_has_one_source() -> None:
+    asked = flags.ensemble("e", ["a"], ["c"], ["a.x=b.y", "a.x=c.y"])
+    assert asked is not None
+    assert asked.renamed == {"b.y": "a.x", "c.y": "a.x"}
+    with pytest.raises(UsageError, match=r"'b\.y' has two sources, a\.x and a\.z"):
+        flags.ensemble("e", ["a"], [], ["a.x=b.y", "a.z=b.y"])
+
+
+@pytest.mark.parametrize(
+    ("given", "taken", "fits"),
+    [
+        (("4", "[3]"), ("4", "[3]"), True),
+        (("4", "[-1]"), ("4", "[3]"), True),
+        (("4", "[3]"), ("0", "[-1, 3]"), True),
+        (("4", "[3]"), ("4", "[4]"), False),
+        (("4", "[3]"), ("4", "[3, 1]"), False),
+        (("0", "[4, 3]"), ("4", "[5]"), False),
+    ],
+)
+def test_shapes_that_meet_and_that_do_not(given: tuple[str, str], taken: tuple[str, str], fits: bool) -> None:
+    first, second = (
+        schema.parse(
+            f'name: "{name}" max_batch_size: {batch} input {{ name: "{takes}" data_type: TYPE_FP32 dims: {dims} }} '
+            f'output {{ name: "{makes}" data_type: TYPE_FP32 dims: {dims} }}',
+            "it",
+        )
+        for name, (batch, dims), takes, makes in (("a", given, "x", "t"), ("b", taken, "t", "y"))
+    )
+    if fits:
+        ensemble.make("e", [first, second], {})
+    else:
+        with pytest.raises(ConfigurationError, match=r"a\.t is .*, b\.t takes "):
+            ensemble.make("e", [first, second], {})
 
 
 def test_types_that_do_not_meet() -> None:

@@ -56,6 +56,18 @@ def test_a_configuration_is_replaced_only_where_that_is_asked_for(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "r"]
 
 
+def test_a_linked_configuration_is_replaced_by_a_file(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repository.write(Place(root, "m", 1), content(tmp_path), replace_config=False)
+    (root / "m/config.pbtxt").rename(tmp_path / "shared.pbtxt")
+    (root / "m/config.pbtxt").symlink_to(tmp_path / "shared.pbtxt")
+    repository.write(Place(root, "m", 2), content(tmp_path, 'name: "n"\n'), replace_config=True)
+    assert not (root / "m/config.pbtxt").is_symlink()
+    assert (root / "m/config.pbtxt").read_text() == 'name: "n"\n'
+    assert (tmp_path / "shared.pbtxt").read_text() == 'name: "m"\n'
+    assert repository.versions(root / "m") == [1, 2]
+
+
 def test_a_version_that_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     root = tmp_path / "r"
     repository.write(Place(root, "m", 1), content(tmp_path), replace_config=False)

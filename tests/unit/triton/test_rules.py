@@ -44,7 +44,13 @@ BROKEN = [
     ("priorities", "error", swap(BATCHER, "dynamic_batching { priority_levels: 2 }"), "there are 2 levels"),
     (
         "priorities", "error",
-        swap(BATCHER, "dynamic_batching { priority_queue_policy { key: 3 value { } } }"), "there are 0 levels",
+        swap(BATCHER, "dynamic_batching { priority_levels: 2 default_priority_level: 1 "
+             "priority_queue_policy { key: 3 value { } } }"),
+        "there are 2 levels",
+    ),
+    (
+        "priorities", "warning",
+        swap(BATCHER, "dynamic_batching { priority_queue_policy { key: 3 value { } } }"), "does nothing",
     ),
     ("priorities", "warning", swap(BATCHER, "dynamic_batching { default_priority_level: 1 }"), "no priority_levels"),
     (
@@ -264,6 +270,22 @@ def test_outputs_of_torchscript_are_numbered(tmp_path: Path) -> None:
     assert "pytorch_names" in [f.rule for f in ask(text, named)]
     twice = text.replace("scores", "scores__0") + 'output { name: "more__0" data_type: TYPE_FP32 dims: [10] }'
     assert any(f.rule == "pytorch_names" and "one index" in f.message for f in ask(twice, named))
+    # Numbers count, whatever stands before them; inputs are forward's, or are numbered as well.
+    numbered = text.replace('"scores"', '"OUTPUT__0"').replace('"image"', '"INPUT__0"')
+    assert ask(numbered, named) == []
+    assert [f.rule for f in ask(numbered.replace("dims: [10]", "dims: [11]"), named)] == ["dims"]
+    for old, new in (("OUTPUT__0", "OUTPUT__1"), ("INPUT__0", "INPUT__1")):
+        assert "names" in [f.rule for f in ask(numbered.replace(old, new), named)]
+
+
+def test_what_triton_does_not_refuse_is_no_error(tmp_path: Path) -> None:
+    def batcher(text: str) -> list[Finding]:
+        return ask(swap(BATCHER, f"dynamic_batching {{ max_queue_delay_microseconds: 9000 {text} }}"), served(tmp_path))
+
+    policy = "timeout_action: {} default_timeout_microseconds: 5000"
+    assert batcher(f"default_queue_policy {{ {policy.format('DELAY')} }}") == []
+    ignored = f"priority_queue_policy {{ key: 1 value {{ {policy.format('REJECT')} }} }}"
+    assert [(f.rule, f.severity) for f in batcher(ignored)] == [("priorities", "warning")]
 
 
 def test_files_and_versions(tmp_path: Path) -> None:
@@ -284,10 +306,16 @@ def test_files_and_versions(tmp_path: Path) -> None:
     model = dataclasses.replace(model, record=None)
     assert rules() == []
     assert rules(CONFIG.replace('name: "m"', 'name: "n"')) == ["name"]
-    assert rules(CONFIG + "version_policy { specific { versions: [1, 2] } }") == ["versions"]
+    assert rules(CONFIG + "version_policy { specific { versions: [2, 3] } }") == ["versions", "versions"]
+    some = ask(CONFIG + "version_policy { specific { versions: [1, 2] } }", model, folder)
+    assert [(f.rule, f.severity) for f in some] == [("versions", "warning")]
     assert rules(CONFIG + "version_policy { specific { } }") == ["versions"]
     assert rules(CONFIG + "version_policy { latest { } }") == ["versions"]
     assert rules(CONFIG + 'cc_model_filenames { key: "8.0" value: "a100.plan" }') == ["files"]
+    (folder / "1/model.plan").rename(folder / "1/a100.plan")
+    alone = swap('default_model_filename: "model.plan"', 'cc_model_filenames { key: "8.0" value: "a100.plan" }')
+    assert [(f.rule, f.severity) for f in ask(alone, model, folder)] == [("files", "warning")]
+    (folder / "1/a100.plan").rename(folder / "1/model.plan")
     warm_up = (
         'model_warmup { name: "w" batch_size: 1 inputs { key: "image" value { data_type: TYPE_FP32 dims: [3, 16, 16] '
         'input_data_file: "f" } } }'
