@@ -829,7 +829,10 @@ def reduce(
         ),
     ] = None,
     target: Annotated[
-        TargetChoice | None, typer.Option("--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX]")
+        TargetChoice | None,
+        typer.Option(
+            "--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX; of a folder, as it failed]"
+        ),
     ] = None,
     inputs: InputOption = None,
     min_shapes: MinShapesOption = None,

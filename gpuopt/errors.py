@@ -178,7 +178,7 @@ class ConfigurationError(GpuoptError):
 
 
 class ReductionError(GpuoptError):
-    """`gpuopt reduce`: there is nothing to reduce: it does not fail here, or does not differ."""
+    """`gpuopt reduce`: nothing fails here, or differs, or the time was too short to tell."""
 
     exit_code = 20
     kind = "reduction"

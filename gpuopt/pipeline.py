@@ -267,6 +267,7 @@ class Runner:
         self.at_work: Step | None = None
         self._run_name = run_name
         self._explain = explain
+        self._worker = Worker()
         self._artifacts: dict[str, Artifact] = {}
         self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
@@ -285,7 +286,7 @@ class Runner:
         """
         self.cache.tidy()
         try:
-            with Worker() as worker:
+            with self._worker as worker:
                 steps = [step for step in plan(self.recipe, until) if only is None or step.stage.name in only]
                 for number, step in enumerate(steps, 1):
                     self.at_work = step
@@ -301,6 +302,10 @@ class Runner:
                 # For --explain alone: no reason for a run to fail, on a cache that cannot be written for one.
                 with contextlib.suppress(StorageError):
                     self.cache.remember("last", self._run_name, {**self._last, **self._key_parts})
+
+    def kill(self) -> None:
+        """End the process of the step at work while another thread waits in `run`, which raises then."""
+        self._worker.kill()
 
     def adopt(self, kind: str, folder: Path) -> None:
         """Take a folder as an artifact that an earlier stage made."""

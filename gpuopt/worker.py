@@ -91,8 +91,9 @@ class Worker:
 
     def kill(self) -> None:
         """End the process while another thread waits in `run`, which raises then."""
-        if self._process is not None:
-            self._process.kill()
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def stop(self) -> None:
         """End the process at once."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpuopt.artifact import ONNX_FILE, Artifact
 from gpuopt.cache import Cache
-from gpuopt.errors import AccuracyError, GpuoptError, TimeLimitError, UsageError
+from gpuopt.errors import AccuracyError, GpuoptError, ReductionError, TimeLimitError, UsageError
 from gpuopt.pipeline import Runner
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\{[^{}]*\}|\[[^\[\]]*\]")
 _MOST_CHARACTERS = 200
+_SECONDS_BETWEEN_KILLS = 0.1
 
 BY_PIPELINE = ("simplify", "equalize", "calibrate", "choose", "quantize", "correct", "cast", "verify")
 """Stages that are tried by running the pipeline up to them, on random data."""
@@ -56,6 +59,11 @@ def signature(error: GpuoptError) -> str:
         text = _QUOTED.sub("", text)
     words = re.sub(r"(?<![A-Za-z])\d[\w.:]*|\b[\w/.]*[/_.]\w*\d\w*\b", "N", text)
     return f"{error.kind}: {' '.join(words.split())[:_MOST_CHARACTERS]}"
+
+
+def out_of_time() -> ReductionError:
+    """The error of a graph whose only try did not come to an end."""
+    return ReductionError("the time ran out before the whole graph was tried", "Give it more: --seconds 600.")
 
 
 class Attempts:
@@ -124,6 +132,7 @@ class Attempts:
         """Run a graph on random inputs and store the value of every tensor.
 
         Raises:
+            ReductionError: the time ran out.
             GpuoptError: it does not run.
         """
         from gpuopt import onnx_model
@@ -134,6 +143,8 @@ class Attempts:
             write_profile(piece.profile, folder)
             if (error := self._in_worker(folder, Path(scratch) / "made", check)) is not None:
                 raise error
+            if not (folder / VALUES_FILE).is_file():
+                raise out_of_time()
             shutil.copyfile(folder / VALUES_FILE, destination)
         return destination
 
@@ -147,30 +158,47 @@ class Attempts:
             progress=Silent(),
             target=target,
         )
-        left = max(0.1, self._deadline - time.monotonic())
-        timer = threading.Timer(left, self._worker.kill)
-        timer.start()
         try:
-            self._worker.run("attempt", context)
+            with self._ended_by(self._worker.kill):
+                self._worker.run("attempt", context)
             return None
         except TimeLimitError:
             raise
         except GpuoptError as error:
             return None if self.is_over() else error
-        finally:
-            timer.cancel()
 
     def _by_pipeline(self, folder: Path, profile: Profile) -> GpuoptError | None:
         recipe = recipe_for(self.check.recipe, folder / ONNX_FILE, profile)
         runner = Runner(recipe, Cache(folder.parent / "cache"), Silent(), "reduce")
         try:
-            runner.run(until=self.check.stage)
+            with self._ended_by(runner.kill):
+                runner.run(until=self.check.stage)
             return None
         except TimeLimitError:
             raise
         except GpuoptError as error:
             here = runner.at_work is not None and runner.at_work.stage.name == self.check.stage
-            return error if here else None
+            return error if here and not self.is_over() else None
+
+    @contextlib.contextmanager
+    def _ended_by(self, kill: Callable[[], None]) -> Iterator[None]:
+        """Have a thread call `kill` when the time is up, until what runs meanwhile has ended."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            wait = max(0.1, self._deadline - time.monotonic())
+            # Again and again: between two stages there may be no process that could be killed.
+            while not ended.wait(wait):
+                kill()
+                wait = _SECONDS_BETWEEN_KILLS
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def recipe_for(recipe: Recipe, graph: Path, profile: Profile) -> Recipe:

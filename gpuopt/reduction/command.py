@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gpuopt
-from gpuopt import bundle, request, time_limit
+from gpuopt import bundle, environment, request, time_limit
 from gpuopt.artifact import ONNX_FILE, Artifact
 from gpuopt.cache import Cache
 from gpuopt.errors import (
@@ -21,12 +23,13 @@ from gpuopt.errors import (
     GpuoptError,
     QuantizationError,
     ReductionError,
+    StorageError,
     UsageError,
     one_line,
 )
 from gpuopt.pipeline import Runner, builds_engine, is_native
 from gpuopt.progress import Progress, Silent
-from gpuopt.recipe import Recipe, load, resolve
+from gpuopt.recipe import FACTORY_PATTERN, Recipe, resolve
 from gpuopt.reduction import reproduction
 from gpuopt.reduction.attempts import BY_PIPELINE, Check
 from gpuopt.reduction.reproduction import Wish
@@ -36,6 +39,7 @@ from gpuopt.tolerance import Limits
 FOLDER = "failure"
 """Its name beside the report of a failed compilation."""
 
+_SECONDS_TO_WRITE = 5.0
 _FRAME = re.compile(r'^ +File "([^"]+)", line \d+', re.MULTILINE)
 
 
@@ -45,13 +49,13 @@ class Request:
 
     Attributes:
         subject: an ONNX file, or the folder of a failed compilation.
-        recipe: for an ONNX file, its shapes and target; None for a folder.
+        recipe: as `recipe_of` gives it.
         against: another ONNX file, or `optimized`; None: look for a failure, not for a difference.
         output: the folder to write; None: `SUBJECT.failure` beside an ONNX file, `failure` in a failed folder.
     """
 
     subject: Path
-    recipe: Recipe | None
+    recipe: Recipe
     against: str | None
     output: Path | None
     wish: Wish
@@ -77,19 +81,55 @@ def wish(seconds: float, keep_weights: bool, against: str | None, min_cosine: fl
     return Wish(seconds, keep_weights, other, Limits(min_cosine, min_sqnr, min_agreement=0.9))
 
 
-def recipe_of(subject: Path, flags: request.Flags, settings: Sequence[str]) -> Recipe | None:
-    """The recipe of an ONNX file: its shapes and target; None for a folder, which has one.
+def recipe_of(subject: Path, flags: request.Flags, settings: Sequence[str]) -> Recipe:
+    """What a subject is tried by: an ONNX file's shapes and target, or a failed compilation's recipe; flags go first.
 
     Raises:
-        UsageError: a flag is wrong.
+        UsageError: a flag is wrong, the folder is none of a failed compilation, or its recipe would run code.
     """
     if subject.is_dir():
-        return None
+        return _recipe_of_failed(failed_folder(subject), flags, settings)
     from gpuopt.compile import with_defaults
 
     precision = [] if any(text.startswith("precision=") for text in settings) else ["precision=fp32"]
     named = replace(flags, model=str(subject))
     return with_defaults(request.recipe(None, named, [*precision, *settings]))
+
+
+def _recipe_of_failed(folder: Path, flags: request.Flags, settings: Sequence[str]) -> Recipe:
+    """Whoever made the folder does not decide which code runs here, nor which file is written."""
+    recipe = request.recipe(folder / "recipe.yaml", flags, settings)
+    named = {text.partition("=")[0].strip() for text in settings} | ({"build.plugins"} if flags.plugins else set())
+
+    def is_named(key: str) -> bool:
+        return key in named or key.partition(".")[0] in named
+
+    unnamed = {key: value for key, value in _code_in(recipe).items() if not is_named(key)}
+    if unnamed:
+        words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in unnamed.items())
+        again = " ".join(f"--set {shlex.quote(one)}" for one in words)
+        raise UsageError(
+            f"{folder / 'recipe.yaml'} names code that would run: {', '.join(unnamed)}",
+            f"If you trust it, name it again: {again}",
+        )
+    if is_named("build.timing_cache"):
+        return recipe
+    tree = recipe.model_dump(mode="json")
+    tree["build"] |= {"timing_cache": None, "require_timing_cache": False}
+    return resolve(tree)
+
+
+def _code_in(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe runs code of whoever wrote it, by key."""
+    keys: dict[str, Any] = {
+        "model.factory": recipe.model.factory,
+        "model.trust_pickle": recipe.model.trust_pickle,
+        "accuracy.metric": recipe.accuracy.metric,
+        "build.plugins": list(recipe.build.plugins),
+    }
+    data = {"calibrate.data": recipe.calibrate.data, "accuracy.data": recipe.accuracy.data}
+    keys |= {key: text for key, text in data.items() if text and FACTORY_PATTERN.match(text)}
+    return {key: value for key, value in keys.items() if value}
 
 
 def replay(folder: Path, plugins: Sequence[Path], seconds: float, progress: Progress) -> None:
@@ -98,6 +138,7 @@ def replay(folder: Path, plugins: Sequence[Path], seconds: float, progress: Prog
     Raises:
         GpuoptError: as it failed, if it fails again.
         UsageError, StorageError: the folder holds no failure.
+        ReductionError: the time ran out.
     """
     inner = folder / FOLDER
     place = inner if inner.is_dir() else folder
@@ -114,10 +155,13 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
 
     Raises:
         ReductionError: nothing fails or differs here.
-        UsageError: the subject is neither, or the output folder holds other files.
+        UsageError: the subject is neither, or the folder to be written holds other files.
+        RequirementError: what the target needs is not here.
         ModelError, StorageError: it cannot be read or written.
     """
     if asked.subject.is_dir():
+        if asked.against is not None:
+            raise UsageError("--against compares ONNX files", f"Name a graph as the subject, not {asked.subject}.")
         folder = failed_folder(asked.subject)
         destination = (asked.output or folder / FOLDER).absolute()
     else:
@@ -125,9 +169,16 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
             raise UsageError(f"{asked.subject} does not exist", "Name an ONNX file or MODEL.gpuopt.failed.")
         folder = None
         destination = (asked.output or asked.subject.with_name(f"{asked.subject.stem}.failure")).absolute()
-    inside = folder is not None and destination.parent == folder.absolute()
-    if not inside:
-        bundle.check_destination(destination)
+    place = destination.resolve()
+    inside = folder is not None and place == folder / FOLDER
+    if folder is not None and not inside and place.is_relative_to(folder):
+        raise UsageError(
+            f"{destination} lies in the folder of the failed compilation",
+            f"Name a folder elsewhere with --output, or leave it out for {FOLDER}/.",
+        )
+    bundle.check_destination(folder if folder is not None and inside else destination)
+    if folder is not None:
+        bundle.open_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="gpuopt-reduce-") as scratch:
         made = Path(scratch) / FOLDER
         made.mkdir()
@@ -145,12 +196,13 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
 
 
 def failed_folder(subject: Path) -> Path:
-    """The folder of a failed compilation, given itself or its failure.
+    """The folder of a failed compilation, given itself or its failure; no links are on its path.
 
     Raises:
         UsageError: it is none.
     """
-    for folder in (subject, subject.parent):
+    place = subject.resolve()
+    for folder in (place, place.parent):
         if (folder / "recipe.yaml").is_file() and (folder / bundle.MANIFEST_FILE).is_file():
             return folder
     raise UsageError(
@@ -160,24 +212,20 @@ def failed_folder(subject: Path) -> Path:
 
 def _again(folder: Path, asked: Request, cache: Cache, progress: Progress, made: Path) -> dict[str, Any]:
     """Run a failed compilation again, most of it from the cache, and reduce where it fails."""
-    if asked.against is not None:
-        raise UsageError("--against compares ONNX files", f"Name a graph as the subject, not {folder.name}.")
-    recipe = resolve(load(folder / "recipe.yaml"))
-    runner = Runner(recipe, cache, progress, str(folder))
+    runner = Runner(asked.recipe, cache, progress, str(folder))
     try:
         runner.run()
     except GpuoptError as error:
-        return describe(recipe, runner, error, asked.wish, progress, made)
+        return describe(asked.recipe, runner, error, asked.wish, progress, made)
     raise ReductionError("the compilation passes now", "Compile again: its bundle was not written.")
 
 
 def _of_graph(asked: Request, progress: Progress, made: Path) -> dict[str, Any]:
-    if asked.recipe is None:
-        raise UsageError("an ONNX file needs a recipe for its shapes", "Give --input NAME:SHAPE.")
     recipe = asked.recipe
     target = recipe.build.target[0]
     stage = "difference" if asked.against is not None else "run" if target == "onnxruntime" else "build"
     check = Check(stage, recipe, target if stage == "build" else "")
+    environment.check_targets([check.target or "onnxruntime"])
     profile = _profile(asked.subject, recipe)
     return reproduction.reproduce(asked.subject, profile, check, asked.wish, progress, made)
 
@@ -198,7 +246,8 @@ def _profile(graph: Path, recipe: Recipe) -> Profile:
 
 def _into_failed(folder: Path, files: Mapping[str, Path]) -> None:
     """Put a failure into the folder of the compilation: the whole folder is written anew, in one step."""
-    manifest = bundle.read_manifest(folder)
+    # Anything that came meanwhile would be lost.
+    manifest = bundle.open_bundle(folder)
     kept = {name: folder / name for name in manifest["files"] if not name.startswith(f"{FOLDER}/")}
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
     bundle.write(folder, {**kept, **{f"{FOLDER}/{name}": path for name, path in files.items()}}, {}, about)
@@ -211,25 +260,41 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
     Nothing that goes wrong here hides the failure itself.
     """
     with tempfile.TemporaryDirectory(prefix="gpuopt-failure-") as scratch:
-        made = Path(scratch)
+        made = Path(scratch) / "made"
+        made.mkdir()
         if runner is None or runner.at_work is None or not is_in_library(error):
             yield {}
             return
-        ends = time_limit.ends()
-        left = recipe.failure.seconds if ends is None else min(recipe.failure.seconds, ends - time.monotonic())
-        wish = Wish(left, recipe.failure.keep_weights)
+        wish = Wish(seconds_for_tries(recipe.failure.seconds), recipe.failure.keep_weights)
         try:
             document = describe(recipe, runner, error, wish, progress, made)
         except Exception as problem:  # the libraries have just failed, and may raise anything
-            progress.warn(f"the failure could not be reduced: {one_line(problem)}")
-            yield {}
-            return
+            # The time may be up; nothing is left but to write what is known.
+            time_limit.lift()
+            reason = f"the failure could not be reduced: {one_line(problem)}"
+            progress.warn(reason)
+            made = Path(scratch) / "noted"
+            try:
+                made.mkdir()
+                document = reproduction.note(error, _check_of(recipe, runner), reason, made)
+            except (StorageError, OSError):
+                yield {}
+                return
         from gpuopt.compile import bundle_folder
         from gpuopt.compile import failed_folder as of_bundle
 
         replay = reproduction.replay_command(of_bundle(bundle_folder(recipe)) / FOLDER, document)
         progress.line(f"failure: {told_of(document)}: {replay}")
         yield {f"{FOLDER}/{path.name}": path for path in made.iterdir()}
+
+
+def seconds_for_tries(asked: float) -> float:
+    """As many of the seconds asked for as leave time to write what is found before `--timeout` is up.
+
+    The last try may take as long as all others together.
+    """
+    ends = time_limit.ends()
+    return asked if ends is None else min(asked, (ends - time.monotonic() - _SECONDS_TO_WRITE) / 2)
 
 
 def is_in_library(error: GpuoptError) -> bool:
@@ -253,26 +318,31 @@ def describe(
     Returns:
         What `failure.json` holds.
     """
-    step = runner.at_work
-    stage, target = (step.stage.name, step.target) if step is not None else ("", "")
-    check = Check(stage, recipe, target)
-    graph, stored = _graph_of(recipe, runner, stage)
+    check = _check_of(recipe, runner)
+    graph, stored = _graph_of(recipe, runner, check.stage)
     if graph is None or stored is None:
-        return reproduction.note(error, check, f"no ONNX graph goes into the {stage} stage that can be tried", made)
+        reason = f"no ONNX graph goes into the {check.stage} stage that can be tried"
+        return reproduction.note(error, check, reason, made)
     if wish.seconds <= 0:
         return reproduction.note(error, check, "no time was left for it (failure.seconds, --timeout)", made)
     from gpuopt import reference
 
     profile = reference.load(stored.path).profiles[0]
     path = graph.path / ONNX_FILE
-    quiet = Silent() if stage in BY_PIPELINE else progress
+    quiet = Silent() if check.stage in BY_PIPELINE else progress
     try:
         found = reproduction.reproduce(path, profile, check, replace(wish, kind=error.kind), quiet, made)
-    except ReductionError as reason:
-        return reproduction.note(error, check, reason.message, made)
+    except ReductionError as refusal:
+        return reproduction.note(error, check, refusal.message, made)
     # Of the failure that was met, not of its repetition.
     reproduction.write_log(error, made)
     return found
+
+
+def _check_of(recipe: Recipe, runner: Runner) -> Check:
+    """The step at work as what a graph is tried on."""
+    step = runner.at_work
+    return Check(step.stage.name, recipe, step.target) if step is not None else Check("", recipe)
 
 
 def _graph_of(recipe: Recipe, runner: Runner, stage: str) -> tuple[Artifact | None, Artifact | None]:

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import gpuopt
 from gpuopt import environment
-from gpuopt.errors import GpuoptError, ReductionError, StorageError
+from gpuopt.errors import GpuoptError, ReductionError, RequirementError, StorageError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import resolve
 from gpuopt.reduction import halving
-from gpuopt.reduction.attempts import BY_PIPELINE, Attempts, Check, recipe_for, signature
+from gpuopt.reduction.attempts import BY_PIPELINE, Attempts, Check, out_of_time, recipe_for, signature
 from gpuopt.reduction.files import (
     GRAPH_FILE,
     LIMITS_FILE,
@@ -87,8 +87,9 @@ def reproduce(
         What `failure.json` holds.
 
     Raises:
-        ReductionError: the whole does not fail, alone and on random inputs.
-        ModelError, UsageError: the file is no ONNX graph, or its shapes are not known.
+        ReductionError: the whole does not fail, alone and on random inputs, or the time ran out.
+        RequirementError: what the stage needs is not here.
+        ModelError, UsageError: the file is no ONNX graph, its shapes are not known, or a setting does not fit.
     """
     from gpuopt.reduction.subgraph import Pieces
     from gpuopt.reduction.subjects import Differing, Failing, open_pieces
@@ -106,6 +107,9 @@ def reproduce(
             raise _nothing(graph, check, attempts.is_over())
         if wish.kind not in ("", whole.kind):
             raise ReductionError(f"alone, the graph fails in another way: {whole.message}", "The log has the rest.")
+        if isinstance(whole, (RequirementError, UsageError)):
+            # What is missing here, or does not fit the target, is so for every part alike.
+            raise whole
         wanted = signature(whole)
 
         def fails(part: halving.Part) -> bool:
@@ -140,13 +144,13 @@ def note(error: GpuoptError, check: Check, why: str, folder: Path) -> dict[str, 
     Args:
         why: there is none.
     """
-    document = {**_about(error, check), "graph": None, "why_no_graph": why}
+    document = {**_about(error, check), "graph": None, "why_no_graph": _anonymous(why)}
     return _written(document, error, folder)
 
 
 def _nothing(graph: Path, check: Check, late: bool) -> ReductionError:
     if late:
-        return ReductionError("the time ran out before the whole graph was tried", "Give it more: --seconds 600.")
+        return out_of_time()
     if check.stage == "difference":
         return ReductionError(
             f"{graph.name} does not differ: every output is within the limits",
@@ -171,7 +175,7 @@ def _about(error: GpuoptError, check: Check) -> dict[str, Any]:
             "message": _anonymous(error.message),
             "hint": _anonymous(error.hint),
         },
-        "signature": signature(error),
+        "signature": signature(type(error)(_anonymous(error.message))),
         "environment": environment.describe(),
     }
 
@@ -219,6 +223,7 @@ def replay(folder: Path, plugins: tuple[Path, ...], seconds: float) -> tuple[dic
 
     Raises:
         StorageError: the folder holds no failure that can be replayed.
+        ReductionError: the time ran out before it could be told.
     """
     from gpuopt.reduction.subgraph import Piece
     from gpuopt.reduction.subjects import open_pieces
@@ -249,7 +254,10 @@ def replay(folder: Path, plugins: tuple[Path, ...], seconds: float) -> tuple[dic
             path = attempts.scratch / LIMITS_FILE
             write_json(path, limits)
             beside[LIMITS_FILE] = path
-        return document, attempts.error_of(Piece(model, profile, len(model.graph.node)), beside)
+        found = attempts.error_of(Piece(model, profile, len(model.graph.node)), beside)
+        if found is None and attempts.is_over():
+            raise out_of_time()
+        return document, found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from google.protobuf.message import Message
+from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from gpuopt import onnx_model
 from gpuopt.errors import UsageError
@@ -85,9 +86,24 @@ class Pieces:
             [self._value(name, self._range(name)) for name in typed],
             [self._weights[name] for name in constants if name in self._weights],
         )
-        model = helper.make_model(graph, opset_imports=self._model.opset_import, functions=self._model.functions)
+        model = helper.make_model(graph, opset_imports=self._model.opset_import, functions=self._functions(nodes))
         model.ir_version = self._model.ir_version
         return Piece(model, profile, len(nodes))
+
+    def _functions(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.FunctionProto]:
+        """The model's own functions that these nodes call, themselves or through others."""
+        known = {(one.domain, one.name, one.overload): one for one in self._model.functions}
+        called = {}
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            key = (node.domain, node.op_type, node.overload)
+            if key in known and key not in called:
+                called[key] = known[key]
+                waiting.extend(known[key].node)
+            for inner in onnx_model.subgraphs(node):
+                waiting.extend(inner.node)
+        return list(called.values())
 
     def _range(self, name: str) -> ShapeRange | None:
         shapes = [known.get(name) for known in self._shapes]
@@ -126,55 +142,93 @@ def without_origin(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without what exporters write of the user's code: docstrings, metadata, the lines it came from."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for holder in (copy, copy.graph, *copy.functions):
-        _forget(holder)
-    graphs = [copy.graph]
-    while graphs:
-        graph = graphs.pop()
-        for part in (*graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
-            _forget(part)
-        for node in graph.node:
-            graphs.extend(onnx_model.subgraphs(node))
+    for part in _parts(copy):
+        for field in ("doc_string", "metadata_props"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
     return copy
 
 
-def _forget(part: onnx.ModelProto | onnx.GraphProto | onnx.NodeProto | TensorProto | onnx.ValueInfoProto) -> None:
-    part.ClearField("doc_string")
-    if "metadata_props" in part.DESCRIPTOR.fields_by_name:
-        part.ClearField("metadata_props")
+def _parts(message: Message) -> Iterator[Message]:
+    """A message and every one in it: of a model its functions, nodes, constants, the bodies of branches and loops."""
+    yield message
+    if isinstance(message, TensorProto):
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for one in [value] if isinstance(value, Message) else value:
+                yield from _parts(one)
 
 
 def with_random_weights(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
-    """A copy whose constants of more than 16 values are random, of the same shape and dtype.
+    """A copy whose constants of more than 16 values are random, of the same shape and dtype, wherever they stand.
 
-    Of the old values two numbers remain, so that what fails for their size fails again: mean and
-    standard deviation of those with a sign, smallest and largest of the others. Where all values are
-    equal, they stay: such a constant says nothing.
+    Of the old values four numbers remain, so that what fails for their size fails again: smallest and
+    largest, and mean and standard deviation of floating-point numbers with a sign. Where all values are
+    equal, they stay: such a constant says nothing. NaN and infinities become numbers like the others, and
+    texts numbers in the order of their first appearance.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     generator = np.random.default_rng(seed)
-    held = [node.attribute[0].t for node in copy.graph.node if node.op_type == "Constant" and node.attribute]
-    for tensor in (*copy.graph.initializer, *held):
-        if math.prod(tensor.dims) > MOST_KEPT_VALUES:
-            values = _random(generator, numpy_helper.to_array(tensor))
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for part in _parts(copy):
+        tensors: Iterable[TensorProto] = ()
+        if isinstance(part, GraphProto):
+            tensors = part.initializer
+        elif isinstance(part, SparseTensorProto):
+            tensors = (part.values,)
+        elif isinstance(part, AttributeProto):
+            tensors = (part.t, *part.tensors)
+            _make_attribute_random(generator, part)
+        for tensor in tensors:
+            if math.prod(tensor.dims) > MOST_KEPT_VALUES:
+                _make_tensor_random(generator, tensor)
     return copy
 
 
+def _make_tensor_random(generator: np.random.Generator, tensor: TensorProto) -> None:
+    if tensor.data_type == TensorProto.STRING:
+        tensor.string_data[:] = _numbered(tensor.string_data)
+        return
+    values = _random(generator, numpy_helper.to_array(tensor))
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def _make_attribute_random(generator: np.random.Generator, attribute: AttributeProto) -> None:
+    """Constants may be written as lists; of all other nodes, lists of integers and texts are structure."""
+    if len(attribute.floats) > MOST_KEPT_VALUES:
+        attribute.floats[:] = _random(generator, np.array(attribute.floats, np.float32)).tolist()
+    if attribute.name == "value_ints" and len(attribute.ints) > MOST_KEPT_VALUES:
+        attribute.ints[:] = _random(generator, np.array(attribute.ints, np.int64)).tolist()
+    if attribute.name == "value_strings" and len(attribute.strings) > MOST_KEPT_VALUES:
+        attribute.strings[:] = _numbered(attribute.strings)
+
+
+def _numbered(texts: Iterable[bytes]) -> list[bytes]:
+    numbers: dict[bytes, bytes] = {}
+    return [numbers.setdefault(text, str(len(numbers)).encode()) for text in texts]
+
+
 def _random(generator: np.random.Generator, old: np.ndarray) -> np.ndarray:
-    if old.dtype.kind not in "biuf" or old.dtype.name == "bool":
-        return generator.integers(0, 2, old.shape).astype(old.dtype) if old.dtype.kind == "b" else old
-    low, high = old.min(), old.max()
-    if not low < high:
-        return old
-    if old.dtype.kind in "iu":
-        return generator.integers(int(low), int(high), old.shape, endpoint=True).astype(old.dtype)
+    name = old.dtype.name
+    if name == "bool":
+        return old if old.all() or not old.any() else generator.integers(0, 2, old.shape).astype(bool)
+    if name.startswith("complex"):
+        real, imaginary = (_random(generator, part) for part in (old.real, old.imag))
+        return (real + 1j * imaginary).astype(old.dtype)
+    # Types of ml_dtypes, as bfloat16 and int4, are no types of numpy's by their kind, but by their name.
+    if name.startswith(("int", "uint")):
+        whole = old.astype(np.uint64 if name.startswith("u") else np.int64)
+        low, high = int(whole.min()), int(whole.max())
+        return generator.integers(low, high, old.shape, whole.dtype, endpoint=True).astype(old.dtype)
     wide = old.astype(np.float64)
     finite = wide[np.isfinite(wide)]
+    if not finite.size:
+        return np.zeros(old.shape).astype(old.dtype)
+    low, high = finite.min(), finite.max()
     if low > 0:
-        return generator.uniform(finite.min(), finite.max(), old.shape).astype(old.dtype)
-    return generator.normal(finite.mean(), finite.std(), old.shape).astype(old.dtype)
+        return generator.uniform(low, high, old.shape).astype(old.dtype)
+    return generator.normal(finite.mean(), finite.std(), old.shape).clip(low, high).astype(old.dtype)
 
 
 def random_feed(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape], seed: int) -> dict[str, np.ndarray]:

@@ -171,6 +171,7 @@ def test_the_worst_of_a_quantized_graph_is_found(gpuopt: Gpuopt, tmp_path: Path)
         (("nothing.onnx",), 2, "does not exist"),
         (("model.onnx", "--against", "nothing.onnx"), 2, "does not exist"),
         ((".",), 2, "no folder of a failed compilation"),
+        (("model.onnx", "-t", "tensorrt-rtx", "-i", "x:2x8", "--plugin", "a.so"), 2, "no build.plugins"),
         (("model.onnx", "--replay"), 10, "cannot read"),
     ],
 )
@@ -207,6 +208,7 @@ def test_a_failure_of_somebody_else_runs_no_code_here(gpuopt: Gpuopt, tmp_path: 
 
 
 def test_a_stage_that_is_no_build_is_tried_by_the_pipeline_up_to_it(tmp_path: Path) -> None:
+    from gpuopt.errors import ReductionError
     from gpuopt.progress import Silent
     from gpuopt.recipe import resolve
     from gpuopt.reduction.attempts import Check
@@ -232,6 +234,8 @@ def test_a_stage_that_is_no_build_is_tried_by_the_pipeline_up_to_it(tmp_path: Pa
     _, error = replay(tmp_path / "made", (), 300)
     assert error is not None
     assert "no node can be quantized" in error.message
+    with pytest.raises(ReductionError, match="the time ran out"):
+        replay(tmp_path / "made", (), 0.1)
 
 
 def test_the_reduction_keeps_the_time_of_the_command(gpuopt: Gpuopt, tmp_path: Path) -> None:
