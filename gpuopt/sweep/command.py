@@ -228,6 +228,10 @@ def _key(one: Combination, known: dict[str, str]) -> str | None:
             told = tree[section][field]
             if told is not None and Path(told).is_file():
                 tree[section][field] = _hashed(told, known, sha256_file)
+        tree["build"]["plugins"] = [
+            [Path(told).name, _hashed(told, known, sha256_file)] if Path(told).is_file() else told
+            for told in recipe.build.plugins
+        ]
     except (GpuoptError, OSError):
         # The task itself says what is wrong.
         return None
