@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from pydantic import ValidationError
 
 import gpuopt
 from gpuopt.errors import GpuoptError, RequirementError, defect, one_line
+from gpuopt.interpreter import module_command
 from gpuopt.report.model import Failure, Report
+from gpuopt.storage import storage_errors
 from gpuopt.sweep.results import Row, figures
 from gpuopt.sweep.store import Store, open_store, sha256_of_manifest
 
@@ -73,22 +74,23 @@ class Running:
         self._cut_short: GpuoptError | None = None
         self._open = contextlib.ExitStack()
         try:
-            scratch = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-task-")))
-            self._bundle = self._open.enter_context(self._store.bundle_folder(task.name))
-            (scratch / "recipe.yaml").write_text(task.recipe)
-            self._said, self._complained = scratch / "stdout", scratch / "stderr"
-            self._process = self._start(scratch / "recipe.yaml")
+            with storage_errors("begin", Path(task.name)):
+                scratch = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-task-")))
+                self._bundle = self._open.enter_context(self._store.bundle_folder(task.name))
+                (scratch / "recipe.yaml").write_text(task.recipe)
+                self._said, self._complained = scratch / "stdout", scratch / "stderr"
+                self._process = self._start(scratch / "recipe.yaml")
         except BaseException:
             self._open.close()
             raise
 
     def _start(self, recipe: Path) -> subprocess.Popen[bytes]:
         task = self._task
-        command = [sys.executable, "-m", "gpuopt", "compile", "--recipe", str(recipe), "-o", str(self._bundle)]
-        command += ["--json", "-q"]
-        command += ["--cache-dir", task.cache_dir] if task.cache_dir else []
-        command += ["--timeout", task.timeout] if task.timeout else []
-        folder = task.folder if Path(task.folder).is_dir() else None
+        folder = Path(task.folder) if Path(task.folder).is_dir() else None
+        arguments = ["compile", "--recipe", str(recipe), "-o", str(self._bundle), "--json", "-q"]
+        arguments += ["--cache-dir", task.cache_dir] if task.cache_dir else []
+        arguments += ["--timeout", task.timeout] if task.timeout else []
+        command = module_command("gpuopt", *arguments, folder=folder)
         with self._said.open("wb") as said, self._complained.open("wb") as complained:
             return subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
                 command,
@@ -100,7 +102,10 @@ class Running:
             )
 
     def finished(self) -> Row | None:
-        """The row, written to the store, once the process has ended; None while it works."""
+        """The row, written to the store, once the process has ended; None while it works.
+
+        A row that cannot be written is the row of a failure: no later sweep would find it.
+        """
         code = self._process.poll()
         if code is None:
             self._watch_memory()
@@ -109,10 +114,15 @@ class Running:
             row = self._row(code)
             # The upload of a bundle comes before its row.
             self._open.close()
+            self._write(row)
         except GpuoptError as error:
             row = failed_row(self._task, error, self._seconds(), self._attempts)
-        self._store.write(f"rows/{self._task.name}.json", row.model_dump_json(indent=2).encode())
+            with contextlib.suppress(GpuoptError):
+                self._write(row)
         return row
+
+    def _write(self, row: Row) -> None:
+        self._store.write(f"rows/{self._task.name}.json", row.model_dump_json(indent=2).encode())
 
     def stop(self) -> None:
         """End the process at once."""
