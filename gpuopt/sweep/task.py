@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -20,10 +22,12 @@ from typing import Any
 from pydantic import ValidationError
 
 import gpuopt
+from gpuopt import environment
 from gpuopt.errors import GpuoptError, RequirementError, defect, one_line
 from gpuopt.interpreter import module_command
+from gpuopt.pipeline import STAGES, own_version
 from gpuopt.report.model import Failure, Report
-from gpuopt.storage import storage_errors
+from gpuopt.storage import sha256_json, storage_errors
 from gpuopt.sweep.results import Row, figures
 from gpuopt.sweep.store import Store, open_store, sha256_of_manifest
 
@@ -39,7 +43,7 @@ class Task:
 
     Attributes:
         recipe: as YAML, without the folder of the result.
-        key: of the combination; None: not known.
+        key: of the recipe and its files; None: not known. That of the row has the machine in it, too.
         about: the fields of its row that are decided.
         output: of the sweep; a folder or a URL.
         run: the sweep that began it; attempts are counted within it.
@@ -62,11 +66,42 @@ class Task:
     memory: int | None = None
 
 
-class Running:
-    """A compilation at work; `finished` looks after it and has its row when it has ended."""
+def key_on(key: str | None, machine: str) -> str | None:
+    """Of the row of a task that is made on a machine; None: not all of it can be known."""
+    return None if key is None else sha256_json([key, machine])
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+
+@functools.cache
+def this_machine() -> str:
+    """Hash of what decides a bundle beside its recipe and files: gpuopt, packages, GPUs and their drivers."""
+    packages = {name: environment.version_of(name) for stage in STAGES for name in stage.packages}
+    gpus = sorted({(gpu.name, gpu.driver_version) for gpu in environment.gpus()})
+    return sha256_json({"gpuopt": own_version(), "packages": packages, "gpus": gpus})
+
+
+@functools.cache
+def this_node() -> str:
+    """`this_machine` with all GPUs: Ray shows a worker those that it gave it, which may be none."""
+    shown = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        return this_machine()
+    finally:
+        if shown is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = shown
+
+
+class Running:
+    """A compilation at work; `finished` looks after it and has its row when it has ended.
+
+    Args:
+        machine: the one it runs on, as `this_machine` or `this_node` has it.
+
+    Raises:
+        GpuoptError: it cannot be begun.
+    """
+
+    def __init__(self, task: Task, machine: str) -> None:
+        self._task = dataclasses.replace(task, key=key_on(task.key, machine))
         self._store = open_store(task.output)
         self._attempts = _begun(self._store, task)
         self._started = time.monotonic()
@@ -185,7 +220,7 @@ _EMPTY: dict[str, Any] = dict.fromkeys(
 
 
 def run_to_end(task: Task) -> str:
-    """Make one combination here and wait for it; gives its row as JSON.
+    """Make one combination on this node of a cluster and wait for it; gives its row as JSON.
 
     What keeps it from being made is in the row, but for the loss of this process.
     """
@@ -195,7 +230,7 @@ def run_to_end(task: Task) -> str:
                 f"the worker has gpuopt {gpuopt.__version__}, the sweep was begun by {task.version}",
                 "Install the same version everywhere.",
             )
-        running = Running(task)
+        running = Running(task, this_node())
         try:
             while (row := running.finished()) is None:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -240,14 +275,26 @@ def resident_bytes(process: int) -> int:
 
 def _begun(store: Store, task: Task) -> int:
     """Count this attempt: a worker that is lost cannot tell."""
-    name = f"rows/{task.name}.begun"
+    count = attempts(store, task) + 1
+    store.write(_attempts_file(task), json.dumps({"run": task.run, "count": count}).encode())
+    return count
+
+
+def attempts(store: Store, task: Task) -> int:
+    """How often a task was begun in its sweep.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     try:
-        before = json.loads(store.read(name) or b"{}")
-        count = int(before["count"]) if before.get("run") == task.run else 0
+        before = json.loads(store.read(_attempts_file(task)) or b"{}")
+        return int(before["count"]) if before.get("run") == task.run else 0
     except (ValueError, KeyError, TypeError, AttributeError):
-        count = 0
-    store.write(name, json.dumps({"run": task.run, "count": count + 1}).encode())
-    return count + 1
+        return 0
+
+
+def _attempts_file(task: Task) -> str:
+    return f"rows/{task.name}.begun"
 
 
 def _report(said: bytes) -> Report | None:
