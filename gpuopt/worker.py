@@ -20,12 +20,12 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import IO, Any
 
 from gpuopt import environment, errors, time_limit
 from gpuopt.artifact import StageOutcome
 from gpuopt.errors import BuildError, GpuoptError, RequirementError, TimeLimitError, defect
+from gpuopt.interpreter import search_path
 from gpuopt.progress import Silent
 from gpuopt.stages.context import StageContext
 
@@ -33,8 +33,7 @@ _PR_SET_PDEATHSIG = 1
 _MOST_LOG_BYTES = 1 << 16
 _SECONDS_TO_STOP = 3.0
 
-# The worker searches where its parent does. Python would put the current folder first for it, and
-# a file there, beside a downloaded model perhaps, would stand in for a library of the same name.
+# The worker searches where its parent does: `interpreter` says why.
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from gpuopt.worker import serve; serve(int(sys.argv[1]))"
 _KINDS = {kind.__name__: kind for kind in errors.KINDS}
 
@@ -113,7 +112,7 @@ class Worker:
         ours, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
-            [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *_search_path()],
+            [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *search_path()],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -207,13 +206,6 @@ def _failure(stage: str, error: Exception | SystemExit) -> GpuoptError:
             f"{stage} cannot read or write a file: {error}", "Check free space and permissions of the cache folder."
         )
     return defect(error, f"{stage}: ")
-
-
-def _search_path() -> list[str]:
-    """Our own search path with the current folder left out, unless gpuopt itself lies there."""
-    here, ours = Path.cwd(), Path(__file__).parent.parent
-    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return [entry for entry in sys.path if entry and (Path(entry) != here or here == ours or entry in asked)]
 
 
 def serve(descriptor: int) -> None:

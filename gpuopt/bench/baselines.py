@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpuopt.bench.report import Row
 from gpuopt.errors import UsageError, one_line
+from gpuopt.interpreter import module_command
 from gpuopt.progress import Progress
 from gpuopt.shapes import Shape, batch_size
 
@@ -83,7 +83,7 @@ def _ask(request: Mapping[str, Any], python: Path | None) -> dict[str, Any]:
         environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
         for name in ("PYTHONHOME", "LD_PRELOAD", "LD_LIBRARY_PATH"):
             environment.pop(name, None)
-    command = [str(python or sys.executable), "-m", "gpuopt.bench.baseline"]
+    command = module_command("gpuopt.bench.baseline", python=python)
     try:
         done = subprocess.run(  # noqa: S603 - our own module, no shell
             command,

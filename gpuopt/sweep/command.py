@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import gpuopt
-from gpuopt import environment, errors
+from gpuopt import errors
 from gpuopt.compile import now, with_defaults
 from gpuopt.errors import GpuoptError
-from gpuopt.pipeline import STAGES, model_sha256, own_version
+from gpuopt.pipeline import model_sha256
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe
 from gpuopt.report.model import Failure
@@ -24,7 +25,7 @@ from gpuopt.sweep import cluster, local, plan, plot, render
 from gpuopt.sweep.plan import Combination, SweepFile
 from gpuopt.sweep.results import Row, SweepReport, with_front
 from gpuopt.sweep.store import Store, is_url, open_store
-from gpuopt.sweep.task import Task
+from gpuopt.sweep.task import Task, key_on, this_machine
 
 _KINDS = {kind.kind: kind for kind in errors.KINDS}
 
@@ -81,18 +82,7 @@ def sweep(request: Request, command: Sequence[str], progress: Progress) -> Outco
     store = open_store(output)
     # Refused now, not after hours of work.
     store.write("rows/.writable", b"")
-    fingerprints: dict[str, str] = {}
-    tasks, rows = [], dict[str, Row]()
-    run = uuid.uuid4().hex
-    for one in found:
-        key = _key(one, fingerprints)
-        task = _task(one, key, output, run, request, asked)
-        earlier = _earlier(store, one, key)
-        if earlier is not None:
-            rows[one.name] = earlier
-            progress.line(f"{one.name:<40}  reused")
-        else:
-            tasks.append(task)
+    rows: dict[str, Row] = {}
 
     def done(row: Row) -> None:
         rows[row.name] = row
@@ -101,18 +91,29 @@ def sweep(request: Request, command: Sequence[str], progress: Progress) -> Outco
         progress.advance(len(rows), len(found))
 
     memory = request.memory if request.memory is not None else asked.memory
-    with progress.stage(f"sweep, {len(found)} combinations"):
-        progress.advance(len(rows), len(found))
-        if not tasks:
-            ran_on = "nothing was left to do"
-        elif request.ray is not None:
-            retries = request.retries if request.retries is not None else asked.retries
-            ran_on = "a Ray cluster"
-            cluster.run(tasks, request.ray, retries, done)
-        else:
-            processes = local.processes_that_fit(request.processes or max(1, (os.cpu_count() or 1) // 2), memory)
-            ran_on = f"this machine, {processes} at a time"
-            local.run(tasks, processes, done)
+    with _where(request) as nodes:
+        fingerprints: dict[str, str] = {}
+        tasks, run = [], uuid.uuid4().hex
+        for one in found:
+            task = _task(one, _key(one, fingerprints), output, run, request, asked)
+            earlier = _earlier(store, task, nodes)
+            if earlier is not None:
+                rows[one.name] = earlier
+                progress.line(f"{one.name:<40}  reused")
+            else:
+                tasks.append(task)
+        with progress.stage(f"sweep, {len(found)} combinations"):
+            progress.advance(len(rows), len(found))
+            if not tasks:
+                ran_on = "nothing was left to do"
+            elif nodes is not None:
+                retries = request.retries if request.retries is not None else asked.retries
+                ran_on = "a Ray cluster"
+                nodes.run(tasks, retries, done)
+            else:
+                processes = local.processes_that_fit(request.processes or max(1, (os.cpu_count() or 1) // 2), memory)
+                ran_on = f"this machine, {processes} at a time"
+                local.run(tasks, processes, done)
     ordered = with_front([rows[one.name] for one in found])
     error = _verdict(ordered)
     picture = plot.draw(ordered)
@@ -135,6 +136,11 @@ def sweep(request: Request, command: Sequence[str], progress: Progress) -> Outco
     store.write("sweep.md", render.markdown(report, picture is not None).encode())
     store.write("sweep.json", (report.model_dump_json(indent=2) + "\n").encode())
     return Outcome(report, error)
+
+
+def _where(request: Request) -> contextlib.AbstractContextManager[cluster.Cluster | None]:
+    """The cluster; None: this machine."""
+    return cluster.joined(request.ray) if request.ray is not None else contextlib.nullcontext()
 
 
 def _output(request: Request, asked: SweepFile) -> str:
@@ -193,22 +199,25 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute()) if path is not None and Path(path).expanduser().exists() else path
 
 
-def _earlier(store: Store, one: Combination, key: str | None) -> Row | None:
-    """The row of an earlier sweep that made the same, if its bundle is still there."""
-    if key is None:
+def _earlier(store: Store, task: Task, nodes: cluster.Cluster | None) -> Row | None:
+    """The row of an earlier sweep that made the same where it would be made now, if its bundle is still there."""
+    if task.key is None:
         return None
     try:
-        row = Row.model_validate_json(store.read(f"rows/{one.name}.json") or b"")
+        row = Row.model_validate_json(store.read(f"rows/{task.name}.json") or b"")
     except ValueError:
         return None
-    whole = row.status == "passed" and row.key == key and row.manifest_sha256 is not None
-    if not whole or row.name != one.name or not store.has_bundle(one.name, row.manifest_sha256 or ""):
+    if row.status != "passed" or row.name != task.name or row.manifest_sha256 is None:
+        return None
+    machines = {this_machine()} if nodes is None else nodes.machines(task)
+    same = row.key in {key_on(task.key, machine) for machine in machines}
+    if not same or not store.has_bundle(task.name, row.manifest_sha256):
         return None
     return row.model_copy(update={"reused": True, "on_front": False})
 
 
 def _key(one: Combination, known: dict[str, str]) -> str | None:
-    """Hash of everything that decides a bundle; None where code does, whose files the stage cache alone knows."""
+    """Hash of what decides a bundle, but for the machine; None where code does, whose files the stage cache knows."""
     try:
         recipe = with_defaults(one.recipe)
         if recipe.model.factory or recipe.model.trust_pickle or recipe.accuracy.metric or not recipe.model.path:
@@ -228,12 +237,14 @@ def _key(one: Combination, known: dict[str, str]) -> str | None:
             told = tree[section][field]
             if told is not None and Path(told).is_file():
                 tree[section][field] = _hashed(told, known, sha256_file)
+        tree["build"]["plugins"] = [
+            [Path(told).name, _hashed(told, known, sha256_file)] if Path(told).is_file() else told
+            for told in recipe.build.plugins
+        ]
     except (GpuoptError, OSError):
         # The task itself says what is wrong.
         return None
-    versions = {name: environment.version_of(name) for stage in STAGES for name in stage.packages}
-    here = [[gpu.name, gpu.driver_version] for gpu in environment.gpus()] if not one.gpu else [one.gpu]
-    return sha256_json({"recipe": tree, "gpuopt": own_version(), "packages": versions, "gpus": here})
+    return sha256_json({"recipe": tree, "gpu": one.gpu})
 
 
 def _hashed(path: str, known: dict[str, str], hashed: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpuopt.errors import GpuoptError
 from gpuopt.sweep.results import Row
-from gpuopt.sweep.task import Running, Task, failed_row
+from gpuopt.sweep.task import Running, Task, failed_row, this_machine
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -26,7 +26,7 @@ def run(tasks: Sequence[Task], processes: int, done: Callable[[Row], None]) -> N
             while waiting and len(at_work) < processes:
                 task = waiting.pop(0)
                 try:
-                    at_work[task.name] = Running(task)
+                    at_work[task.name] = Running(task, this_machine())
                 except GpuoptError as error:
                     done(failed_row(task, error, 0.0, 1))
             for name, running in list(at_work.items()):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ from typing import Any
 from pydantic import ValidationError
 
 import gpuopt
+from gpuopt import environment
 from gpuopt.errors import GpuoptError, RequirementError, defect, one_line
+from gpuopt.interpreter import module_command
+from gpuopt.pipeline import STAGES, own_version
 from gpuopt.report.model import Failure, Report
+from gpuopt.storage import sha256_json, storage_errors
 from gpuopt.sweep.results import Row, figures
 from gpuopt.sweep.store import Store, open_store, sha256_of_manifest
 
@@ -38,7 +43,7 @@ class Task:
 
     Attributes:
         recipe: as YAML, without the folder of the result.
-        key: of the combination; None: not known.
+        key: of the recipe and its files; None: not known. That of the row has the machine in it, too.
         about: the fields of its row that are decided.
         output: of the sweep; a folder or a URL.
         run: the sweep that began it; attempts are counted within it.
@@ -61,11 +66,42 @@ class Task:
     memory: int | None = None
 
 
-class Running:
-    """A compilation at work; `finished` looks after it and has its row when it has ended."""
+def key_on(key: str | None, machine: str) -> str | None:
+    """Of the row of a task that is made on a machine; None: not all of it can be known."""
+    return None if key is None else sha256_json([key, machine])
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+
+@functools.cache
+def this_machine() -> str:
+    """Hash of what decides a bundle beside its recipe and files: gpuopt, packages, GPUs and their drivers."""
+    packages = {name: environment.version_of(name) for stage in STAGES for name in stage.packages}
+    gpus = sorted({(gpu.name, gpu.driver_version) for gpu in environment.gpus()})
+    return sha256_json({"gpuopt": own_version(), "packages": packages, "gpus": gpus})
+
+
+@functools.cache
+def this_node() -> str:
+    """`this_machine` with all GPUs: Ray shows a worker those that it gave it, which may be none."""
+    shown = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        return this_machine()
+    finally:
+        if shown is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = shown
+
+
+class Running:
+    """A compilation at work; `finished` looks after it and has its row when it has ended.
+
+    Args:
+        machine: the one it runs on, as `this_machine` or `this_node` has it.
+
+    Raises:
+        GpuoptError: it cannot be begun.
+    """
+
+    def __init__(self, task: Task, machine: str) -> None:
+        self._task = dataclasses.replace(task, key=key_on(task.key, machine))
         self._store = open_store(task.output)
         self._attempts = _begun(self._store, task)
         self._started = time.monotonic()
@@ -73,22 +109,23 @@ class Running:
         self._cut_short: GpuoptError | None = None
         self._open = contextlib.ExitStack()
         try:
-            scratch = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-task-")))
-            self._bundle = self._open.enter_context(self._store.bundle_folder(task.name))
-            (scratch / "recipe.yaml").write_text(task.recipe)
-            self._said, self._complained = scratch / "stdout", scratch / "stderr"
-            self._process = self._start(scratch / "recipe.yaml")
+            with storage_errors("begin", Path(task.name)):
+                scratch = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-task-")))
+                self._bundle = self._open.enter_context(self._store.bundle_folder(task.name))
+                (scratch / "recipe.yaml").write_text(task.recipe)
+                self._said, self._complained = scratch / "stdout", scratch / "stderr"
+                self._process = self._start(scratch / "recipe.yaml")
         except BaseException:
             self._open.close()
             raise
 
     def _start(self, recipe: Path) -> subprocess.Popen[bytes]:
         task = self._task
-        command = [sys.executable, "-m", "gpuopt", "compile", "--recipe", str(recipe), "-o", str(self._bundle)]
-        command += ["--json", "-q"]
-        command += ["--cache-dir", task.cache_dir] if task.cache_dir else []
-        command += ["--timeout", task.timeout] if task.timeout else []
-        folder = task.folder if Path(task.folder).is_dir() else None
+        folder = Path(task.folder) if Path(task.folder).is_dir() else None
+        arguments = ["compile", "--recipe", str(recipe), "-o", str(self._bundle), "--json", "-q"]
+        arguments += ["--cache-dir", task.cache_dir] if task.cache_dir else []
+        arguments += ["--timeout", task.timeout] if task.timeout else []
+        command = module_command("gpuopt", *arguments, folder=folder)
         with self._said.open("wb") as said, self._complained.open("wb") as complained:
             return subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
                 command,
@@ -100,7 +137,10 @@ class Running:
             )
 
     def finished(self) -> Row | None:
-        """The row, written to the store, once the process has ended; None while it works."""
+        """The row, written to the store, once the process has ended; None while it works.
+
+        A row that cannot be written is the row of a failure: no later sweep would find it.
+        """
         code = self._process.poll()
         if code is None:
             self._watch_memory()
@@ -109,10 +149,15 @@ class Running:
             row = self._row(code)
             # The upload of a bundle comes before its row.
             self._open.close()
+            self._write(row)
         except GpuoptError as error:
             row = failed_row(self._task, error, self._seconds(), self._attempts)
-        self._store.write(f"rows/{self._task.name}.json", row.model_dump_json(indent=2).encode())
+            with contextlib.suppress(GpuoptError):
+                self._write(row)
         return row
+
+    def _write(self, row: Row) -> None:
+        self._store.write(f"rows/{self._task.name}.json", row.model_dump_json(indent=2).encode())
 
     def stop(self) -> None:
         """End the process at once."""
@@ -175,7 +220,7 @@ _EMPTY: dict[str, Any] = dict.fromkeys(
 
 
 def run_to_end(task: Task) -> str:
-    """Make one combination here and wait for it; gives its row as JSON.
+    """Make one combination on this node of a cluster and wait for it; gives its row as JSON.
 
     What keeps it from being made is in the row, but for the loss of this process.
     """
@@ -185,7 +230,7 @@ def run_to_end(task: Task) -> str:
                 f"the worker has gpuopt {gpuopt.__version__}, the sweep was begun by {task.version}",
                 "Install the same version everywhere.",
             )
-        running = Running(task)
+        running = Running(task, this_node())
         try:
             while (row := running.finished()) is None:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -230,14 +275,26 @@ def resident_bytes(process: int) -> int:
 
 def _begun(store: Store, task: Task) -> int:
     """Count this attempt: a worker that is lost cannot tell."""
-    name = f"rows/{task.name}.begun"
+    count = attempts(store, task) + 1
+    store.write(_attempts_file(task), json.dumps({"run": task.run, "count": count}).encode())
+    return count
+
+
+def attempts(store: Store, task: Task) -> int:
+    """How often a task was begun in its sweep.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     try:
-        before = json.loads(store.read(name) or b"{}")
-        count = int(before["count"]) if before.get("run") == task.run else 0
+        before = json.loads(store.read(_attempts_file(task)) or b"{}")
+        return int(before["count"]) if before.get("run") == task.run else 0
     except (ValueError, KeyError, TypeError, AttributeError):
-        count = 0
-    store.write(name, json.dumps({"run": task.run, "count": count + 1}).encode())
-    return count + 1
+        return 0
+
+
+def _attempts_file(task: Task) -> str:
+    return f"rows/{task.name}.begun"
 
 
 def _report(said: bytes) -> Report | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,11 @@ import pytest
 import yaml
 
 from gpuopt import bundle, request
+from gpuopt.sweep import cluster as sweep_cluster
+from gpuopt.sweep.results import Row
 from tests.conftest import Gpuopt, Run
 from tests.unit.quantization.graphs import depthwise_block
+from tests.unit.sweep.test_task import shadow_libraries, task
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,8 +164,11 @@ def wait_for(found: Any, seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head without CPUs, so that no task runs there, and three workers, one of which has another GPU, in name."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head without CPUs, so that no task runs there, and three workers, one of which has another GPU, in name.
+
+    Its nodes, and they alone, have a pycuda, in name; `packages` is where.
+    """
     # Ray's own limits are for machines that do nothing else.
     patch = pytest.MonkeyPatch()
     for limit in ("raylet_start_wait_time_s", "py_gcs_connect_timeout_s", "gcs_rpc_server_connect_timeout_s"):
@@ -168,16 +176,29 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="a sweep on a cluster needs ray, of gpuopt[ray]")
     from ray.cluster_utils import Cluster
 
-    # No empty part: it would stand for the current folder, a hostile one in other tests.
-    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for gpu in ("A100", "A100", "T4"):
-        made.node_of_another_gpu = made.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{gpu}": 1})
-    made.wait_for_nodes()
+    packages = tmp_path_factory.mktemp("packages")
+    have_pycuda(packages, "1.0")
+    with pytest.MonkeyPatch.context() as on_nodes:
+        # No empty part: it would stand for the current folder, a hostile one in other tests.
+        path = filter(None, (str(packages), str(ROOT), os.environ.get("PYTHONPATH")))
+        on_nodes.setenv("PYTHONPATH", os.pathsep.join(path))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for gpu in ("A100", "A100", "T4"):
+            made.node_of_another_gpu = made.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{gpu}": 1})
+        made.wait_for_nodes()
+    made.packages = packages
     yield made
     made.shutdown()
     ray.shutdown()
     patch.undo()
+
+
+def have_pycuda(packages: Path, version: str) -> None:
+    """Install it as far as its version can be asked for."""
+    shutil.rmtree(packages)
+    folder = packages / f"pycuda-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pycuda\nVersion: {version}\n")
 
 
 def workers_at_work(made: Any) -> list[Any]:
@@ -221,13 +242,62 @@ def test_a_sweep_on_ray_with_a_worker_killed_equals_the_local_one(
         same = ("status", "size_bytes", "lowest_sqnr_db", "lowest_cosine", "on_front", "engine_status")
         assert {key: row[key] for key in same} == {key: here[name][key] for key in same}
 
+    # What the nodes have decides what is made anew, not what the machine of the sweep has.
+    write(folder, targets=targets, precisions=["fp32"], batches=[1], exclude=[{"model": "two"}])
+    assert reused(command) == {"one-fp32-onnxruntime-b1": True}
+    have_pycuda(cluster.packages, "2.0")
+    assert reused(command) == {"one-fp32-onnxruntime-b1": False}
 
-def test_a_task_whose_gpu_no_node_has_is_told_at_once(gpuopt: Gpuopt, folder: Path, cluster: Any) -> None:
-    targets = [{"target": "onnxruntime", "name": "far", "gpu": "H100"}]
-    path = write(folder, targets=targets, precisions=["fp32"], batches=[1])
-    result = gpuopt("sweep", path, "--json", "--ray", cluster.address)
-    assert result.code == 9, result.stderr
-    assert "no node of the Ray cluster has the accelerator type H100; it has" in result.stderr
+
+def reused(command: list[str]) -> dict[str, bool]:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return {name: row["reused"] for name, row in rows(Run(0, done.stdout, done.stderr)).items()}
+
+
+def test_what_no_node_can_make_is_told_at_once_and_nothing_of_the_current_folder_runs(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded = tmp_path / "downloaded"
+    downloaded.mkdir()
+    said = shadow_libraries(downloaded)
+    monkeypatch.chdir(downloaded)
+    wanted: dict[str, dict[str, Any]] = {
+        "gpu": {"gpu": "H100"},
+        "memory": {"memory": 1 << 50},
+        "model": {"gpu": "A100"},
+    }
+    tasks = [task(name, tmp_path, folder=str(downloaded), **needs) for name, needs in wanted.items()]
+    done: list[Row] = []
+    with sweep_cluster.joined(cluster.address) as nodes:
+        nodes.run(tasks, 2, done.append)
+        assert Path.cwd() == downloaded
+    assert not said.exists()
+    assert [row.name for row in done] == ["gpu", "memory", "model"]
+    told = [row.error.message for row in done if row.error is not None]
+    assert "no node of the Ray cluster has H100, 1 GPU, 1 CPU; it has" in told[0]
+    assert "no node of the Ray cluster has 1 CPU, 1073741824 MiB of memory; it has" in told[1]
+    assert "model.onnx" in told[2]
+
+
+def test_a_task_is_given_up_when_the_last_node_for_it_is_lost(
+    cluster: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_cluster, "_SECONDS_TO_COME_BACK", 1.0)
+    shutil.copy(folder / "one.onnx", tmp_path / "lost.onnx")
+    done: list[Row] = []
+    with sweep_cluster.joined(cluster.address) as nodes:
+        tasks = [task("lost", tmp_path, gpu="T4")]
+        running = threading.Thread(target=nodes.run, args=(tasks, 2, done.append), daemon=True)
+        running.start()
+        wait_for((tmp_path / "rows" / "lost.begun").exists, 120)
+        cluster.remove_node(cluster.node_of_another_gpu)
+        running.join(120)
+        assert not running.is_alive()
+    (row,) = done
+    assert row.error is not None
+    assert row.error.kind == "environment"
+    assert "no node of the Ray cluster has T4, 1 GPU, 1 CPU; it has" in row.error.message
+    assert row.attempts == 1
 
 
 def test_a_cluster_that_does_not_answer(gpuopt: Gpuopt, folder: Path) -> None:

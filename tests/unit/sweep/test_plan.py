@@ -119,6 +119,20 @@ def test_a_key_changes_with_recipe_model_and_data_and_not_with_where_they_lie(tm
     assert len({first, *others}) == 4
 
 
+def test_a_plugin_that_is_built_anew_under_its_name_changes_the_key(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x0aonnx")
+    plugin = tmp_path / "libplugin.so"
+    models = {"a": {"model": {"path": str(tmp_path / "a.onnx")}, "inputs": {"x": {"shape": "1x3"}}}}
+    build = {"build": {"plugins": [str(plugin)]}}
+    (one,) = plan.combinations(sweep(models=models, precisions=["fp16"], targets=["tensorrt"], recipe=build))
+    keys = []
+    for content in (b"first", b"second", b"first"):
+        plugin.write_bytes(content)
+        keys.append(command._key(one, {}))
+    assert keys[0] is not None
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_what_comes_from_code_has_no_key() -> None:
     models = {"a": {"model": {"factory": "module:function"}, "inputs": {"x": {"shape": "1x3"}}}}
     (one,) = plan.combinations(sweep(models=models, precisions=["fp16"], targets=["onnxruntime"]))
