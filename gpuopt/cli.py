@@ -1015,6 +1015,10 @@ def sweep(
     retries: Annotated[
         int | None, typer.Option("--retries", min=0, help="For a task whose worker on Ray was lost. [default: 2]")
     ] = None,
+    wait_for_nodes: Annotated[
+        str | None,
+        typer.Option("--wait-for-nodes", metavar="TIME", help="Where no node on Ray fits, as 10m: it may grow."),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option("--timeout", metavar="TIME", help="For each combination, as 90s, 15m or 2h.")
     ] = None,
@@ -1029,7 +1033,8 @@ def sweep(
 
     request.duration(timeout)
     asked = command.Request(
-        file, output, processes, request.memory(memory), retries, ray, timeout, cache_dir
+        file, output, processes, request.memory(memory), retries, ray, timeout, cache_dir,
+        request.duration(wait_for_nodes),
     )  # fmt: skip
     if dry_run:
         typer.echo(command.describe(command.planned(asked), as_json), nl=False)

@@ -120,18 +120,23 @@ class Cluster:
                         self._ray.cancel(reference)
         return {machine for node in able if (machine := self._machines[node]) is not None}
 
-    def run(self, tasks: Sequence[Task], retries: int, done: Callable[[Row], None]) -> None:
+    def run(
+        self, tasks: Sequence[Task], retries: int, done: Callable[[Row], None], wait_for_nodes: float | None = None
+    ) -> None:
         """Make all of them; one that fails does not stop the others.
 
         Args:
             retries: how often a task is tried again whose worker or node was lost.
             done: told of each row, in the order in which they end.
+            wait_for_nodes: seconds that a task waits while no node could make it, for a cluster that grows on demand;
+                None: it fails at once, and after a few seconds where there was one.
         """
+        patience = _SECONDS_TO_COME_BACK if wait_for_nodes is None else wait_for_nodes
         make = self._ray.remote(max_retries=retries, num_cpus=1)(run_to_end)
         waiting: dict[Any, Task] = {}
         nodes = self._nodes()
         for task in tasks:
-            if not _could_make(nodes, task):
+            if wait_for_nodes is None and not _could_make(nodes, task):
                 # Ray would wait for such a node for ever.
                 done(failed_row(task, _no_node(task, nodes), 0.0, 0))
                 continue
@@ -154,7 +159,7 @@ class Cluster:
             for reference, task in list(waiting.items()):
                 if _could_make(nodes, task):
                     homeless_since.pop(reference, None)
-                elif now - homeless_since.setdefault(reference, now) >= _SECONDS_TO_COME_BACK:
+                elif now - homeless_since.setdefault(reference, now) >= patience:
                     self._ray.cancel(reference)
                     del waiting[reference]
                     done(failed_row(task, _no_node(task, nodes), 0.0, _attempts(task)))

@@ -38,6 +38,7 @@ class Request:
         processes: tasks at a time on this machine.
         ray: address of a cluster; None: on this machine.
         timeout: of each combination, as `gpuopt compile --timeout` takes it.
+        wait_for_nodes: seconds, where no node of the cluster could make a combination.
     """
 
     file: Path
@@ -48,6 +49,7 @@ class Request:
     ray: str | None = None
     timeout: str | None = None
     cache_dir: Path | None = None
+    wait_for_nodes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def sweep(request: Request, command: Sequence[str], progress: Progress) -> Outco
             elif nodes is not None:
                 retries = request.retries if request.retries is not None else asked.retries
                 ran_on = "a Ray cluster"
-                nodes.run(tasks, retries, done)
+                nodes.run(tasks, retries, done, request.wait_for_nodes)
             else:
                 processes = local.processes_that_fit(request.processes or max(1, (os.cpu_count() or 1) // 2), memory)
                 ran_on = f"this machine, {processes} at a time"

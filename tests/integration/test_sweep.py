@@ -300,6 +300,23 @@ def test_a_task_is_given_up_when_the_last_node_for_it_is_lost(
     assert row.attempts == 1
 
 
+def test_a_cluster_that_grows_on_demand_is_waited_for(cluster: Any, tmp_path: Path) -> None:
+    done: list[Row] = []
+    with sweep_cluster.joined(cluster.address) as nodes:
+        arguments = ([task("later", tmp_path, gpu="L4")], 2, done.append, 120.0)
+        running = threading.Thread(target=nodes.run, args=arguments, daemon=True)
+        running.start()
+        time.sleep(2)
+        assert not done
+        cluster.add_node(num_cpus=1, num_gpus=1, resources={"accelerator_type:L4": 1})
+        running.join(120)
+        assert not running.is_alive()
+    (row,) = done
+    assert row.error is not None
+    # It ran: there is no such file.
+    assert "later.onnx" in row.error.message
+
+
 def test_a_cluster_that_does_not_answer(gpuopt: Gpuopt, folder: Path) -> None:
     pytest.importorskip("ray", reason="a sweep on a cluster needs ray, of gpuopt[ray]")
     result = gpuopt("sweep", write(folder), "--ray", "127.0.0.1:1", timeout=120)
