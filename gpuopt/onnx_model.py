@@ -450,6 +450,17 @@ def einsum_labels_lowered(model: onnx.ModelProto) -> None:
                     attribute.s = attribute.s.decode().translate(table).encode()
 
 
+def resizes_asymmetric(model: onnx.ModelProto) -> None:
+    """Let every Resize take its points as Upsample, and Resize of opset 10, do: onnx's converter leaves that out."""
+    graphs = [model.graph]
+    while graphs:
+        for node in graphs.pop().node:
+            graphs.extend(subgraphs(node))
+            if node.op_type == "Resize":
+                node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
+                node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
+
+
 def kernel_shapes_stated(model: onnx.ModelProto) -> None:
     """State the size of kernels that only the weights tell: TensorRT asks for it where weights have Q/DQ."""
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
