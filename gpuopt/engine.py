@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE
-from gpuopt.engine_record import Trust
-from gpuopt.errors import DataError, UsageError
+from gpuopt.engine_record import EngineRecord, Trust
+from gpuopt.errors import DataError, RequirementError, UsageError
 from gpuopt.shapes import Profile, Shape, TensorSpec, format_shape
+from gpuopt.storage import storage_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,10 +87,10 @@ def load(
 
     Args:
         path: what `gpuopt compile` wrote, or `model.tensorrt.engine` with its record `.json` beside it.
-        target: which of a bundle's engines; None: that of TensorRT, or of TensorRT-RTX, where a GPU, the library and
+        target: which of a bundle's engines; None: that of TensorRT, or of TensorRT-RTX, where the GPU, the library and
             pycuda are there, else ONNX Runtime. An engine that this machine refuses is an error even then: to run
-            something slower in its place would go unnoticed.
-        device: index of the GPU.
+            something slower in its place would go unnoticed. A file has to be an engine for it.
+        device: index of the GPU, for ONNX Runtime with CUDA, too.
         cuda_graph: run each shape as a CUDA graph: less work for the CPU, the same results.
         plugins: libraries of TensorRT plugins that the engine was built with; loading them runs their code.
         allow_host_code: let a version-compatible engine run the runtime that it carries.
@@ -101,27 +102,34 @@ def load(
         StorageError: nothing there, or the bundle is damaged.
         EngineError: the engine was changed, or was built for another library, GPU or driver.
         RequirementError: a package or the GPU is missing.
-        UsageError: the bundle has no such engine.
+        UsageError: the bundle has no such engine, or the file is another one.
     """
     path = Path(path)
+    with storage_errors("read", path):
+        path.stat()
     bundle.open_subject(path, None if public_key is None else str(public_key))
     if path.is_dir():
         present = {kind: path / name for name, kind in _ENGINE_FILES.items() if (path / name).is_file()}
-        chosen = target or _best(present)
+        chosen = target or _best(present, device)
         if chosen == "onnxruntime":
-            return _OnnxRuntimeEngine(path)
+            return _OnnxRuntimeEngine(path, device)
         if chosen not in present:
             raise UsageError(
                 f"{path} holds no engine for {chosen}",
                 f"It holds {', '.join(present) or 'no engine'}; see gpuopt build.",
             )
         path = present[chosen]
-    return _TensorRTEngine(path, device, cuda_graph, Trust([Path(name) for name in plugins], allow_host_code))
+    elif target == "onnxruntime":
+        raise UsageError(f"{path} is a file: ONNX Runtime runs the model of a bundle", "Name the bundle's folder.")
+    record = engine_record.read(path)
+    if target not in (None, record.target):
+        raise UsageError(f"{path} is an engine for {record.target}, not {target}", "Leave the target out.")
+    return _TensorRTEngine(path, record, device, cuda_graph, Trust([Path(name) for name in plugins], allow_host_code))
 
 
-def _best(present: Mapping[EngineTarget, Path]) -> EngineTarget:
+def _best(present: Mapping[EngineTarget, Path], device: int) -> EngineTarget:
     for kind in ("tensorrt", "tensorrt-rtx"):
-        if kind in present and not environment.why_not_run(kind):
+        if kind in present and not environment.why_not_run(kind, device):
             return kind
     return "onnxruntime"
 
@@ -149,11 +157,10 @@ def as_arrays(feeds: Mapping[str, Any], inputs: tuple[TensorSpec, ...]) -> dict[
 
 
 class _TensorRTEngine(Engine):
-    def __init__(self, path: Path, index: int, cuda_graph: bool, trust: Trust) -> None:
+    def __init__(self, path: Path, record: EngineRecord, index: int, cuda_graph: bool, trust: Trust) -> None:
         from gpuopt.backends.tensorrt.runtime import LoadedEngine
         from gpuopt.cuda.device import Device
 
-        record = engine_record.read(path)
         self._device = Device(index)
         try:
             with self._device.activate():
@@ -220,15 +227,22 @@ class _TensorRTEngine(Engine):
 
 
 class _OnnxRuntimeEngine(Engine):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, index: int) -> None:
         environment.require("onnxruntime", "running model.onnx")
+        # The driver is not asked without need: a process that has is not to be forked any more.
+        if index and index not in range(there := len(environment.gpus())):
+            raise RequirementError(
+                f"there is no GPU {index}: the driver reports {there}", "'gpuopt doctor' lists them."
+            )
         from gpuopt.backends.onnxruntime import Session, execution_providers, optimizers_to_disable
 
         stored = reference.load(folder / "reference")
         model = folder / ONNX_FILE
-        self._session: Session | None = Session(
-            model, execution_providers("auto"), disabled=optimizers_to_disable(model)
-        )
+        providers = [
+            (name, {"device_id": index}) if name == "CUDAExecutionProvider" else name
+            for name in execution_providers("auto")
+        ]
+        self._session: Session | None = Session(model, providers, disabled=optimizers_to_disable(model))
         self.target = "onnxruntime"
         self.inputs, self.outputs, self.profiles = stored.inputs, stored.outputs, stored.profiles
 

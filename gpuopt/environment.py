@@ -205,20 +205,21 @@ def target_states() -> list[TargetState]:
     return states
 
 
-def why_not_run(target: str) -> str:
-    """What is missing to run a target's engines here; empty if nothing is."""
+def why_not_run(target: str, index: int = 0) -> str:
+    """What is missing to run a target's engines on the GPU of that index; empty if nothing is."""
     if target == "onnxruntime":
         return "" if has_module("onnxruntime") else f"onnxruntime: {_INSTALL['onnxruntime']}"
     devices = gpus()
-    if not devices:
-        return "no NVIDIA GPU"
+    if index not in range(len(devices)):
+        return f"no NVIDIA GPU {index}" if devices else "no NVIDIA GPU"
     module = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}[target]
     for name in (module, "pycuda"):
         if not has_module(name):
             return f"{name} is not installed: {_INSTALL[name]}"
-    capability = tuple(map(int, devices[0].compute_capability.split(".")))
+    device = devices[index]
+    capability = tuple(map(int, device.compute_capability.split(".")))
     if target == "tensorrt-rtx" and capability < (10, 0) and capability not in ((8, 0), (8, 6), (8, 9)):
-        return f"TensorRT-RTX does not run on {devices[0].name} (compute capability {devices[0].compute_capability})"
+        return f"TensorRT-RTX does not run on {device.name} (compute capability {device.compute_capability})"
     return ""
 
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
-from gpuopt.errors import ModelError, one_line
+from gpuopt.errors import ModelError, StorageError, one_line
 from gpuopt.shapes import DTYPES, TensorSpec
 
 IR_VERSION = 10
@@ -72,11 +72,37 @@ def _check_external(tensor: TensorProto, path: Path, folder: Path) -> None:
 def external_files(path: Path) -> list[Path]:
     """Files beside an ONNX file that hold its external data, sorted; none if it cannot be read."""
     try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
-        names = {e.value for t in _external_tensors(model) for e in t.external_data if e.key == "location"}
-        return sorted(p for p in (path.parent / name for name in names) if p.is_file())
+        return sorted(p for p in (path.parent / name for name in _locations(path)) if p.is_file())
     except (DecodeError, ValueError, TypeError, OSError):
         return []
+
+
+def bundled_external_files(path: Path, bundled: Container[str]) -> list[Path]:
+    """`external_files` of a bundle's graph, which have to be files of the bundle: a location can lead anywhere.
+
+    Args:
+        path: of the graph; the bundle's folder is its parent.
+        bundled: names of the bundle's files, as its manifest has them: none of them leaves the folder.
+
+    Raises:
+        StorageError: the graph cannot be read, or names another file.
+    """
+    try:
+        locations = sorted(_locations(path))
+    except (DecodeError, ValueError) as error:
+        raise StorageError(f"{path} is not a whole ONNX file: {one_line(error)}", "Copy the bundle again.") from error
+    for location in locations:
+        if location not in bundled:
+            raise StorageError(
+                f"{path}: external data '{location[:100]}' is no file of the bundle",
+                "gpuopt writes no such graph: do not trust the bundle. Compile the model again.",
+            )
+    return [path.parent / location for location in locations]
+
+
+def _locations(path: Path) -> set[str]:
+    model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    return {e.value for t in _external_tensors(model) for e in t.external_data if e.key == "location"}
 
 
 def _external_tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
@@ -422,6 +448,17 @@ def einsum_labels_lowered(model: onnx.ModelProto) -> None:
                 if attribute.name == "equation" and len(labels) <= len(string.ascii_lowercase):
                     table = str.maketrans(dict(zip(labels, string.ascii_lowercase, strict=False)))
                     attribute.s = attribute.s.decode().translate(table).encode()
+
+
+def resizes_asymmetric(model: onnx.ModelProto) -> None:
+    """Let every Resize take its points as Upsample, and Resize of opset 10, do: onnx's converter leaves that out."""
+    graphs = [model.graph]
+    while graphs:
+        for node in graphs.pop().node:
+            graphs.extend(subgraphs(node))
+            if node.op_type == "Resize":
+                node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
+                node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
 
 
 def kernel_shapes_stated(model: onnx.ModelProto) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 import gpuopt
-from gpuopt import bundle, environment, gates, io_formats
+from gpuopt import bundle, environment, gates, io_formats, onnx_model
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
 from gpuopt.compile import (
@@ -92,7 +92,7 @@ def build_bundle(
     error: GpuoptError | None = None
     format_race: dict[str, Any] | None = None
     with cache.scratch() as scratch:
-        _adopt(runner, folder, scratch)
+        _adopt(runner, folder, manifest["files"], scratch)
 
         def candidate(name: str, wanted: Recipe) -> tuple[Runner, GpuoptError | None]:
             made = Runner(wanted, cache, progress, f"{folder.absolute()} build {name}")
@@ -220,20 +220,19 @@ def _check_graph(folder: Path, recipe: Recipe, engine: str) -> None:
         )
 
 
-def _adopt(runner: Runner, folder: Path, scratch: Path) -> None:
+def _adopt(runner: Runner, folder: Path, bundled: Container[str], scratch: Path) -> None:
     """The bundle's graphs as the artifacts they once were: a folder each, with their external data."""
     for kind, name in (("onnx", ONNX_FILE), ("engine_onnx", ENGINE_ONNX_FILE)):
         if (folder / name).is_file():
             made = scratch / kind
             made.mkdir()
-            model = onnx.load(str(folder / name), load_external_data=False)
-            locations = {
-                entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"
-            }
+            data = onnx_model.bundled_external_files(folder / name, bundled)
             with storage_errors("copy", folder):
                 shutil.copyfile(folder / name, made / ONNX_FILE)
-                for location in locations:
-                    shutil.copyfile(folder / location, made / location)
+                for path in data:
+                    copy = made / path.relative_to(folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
             runner.adopt(kind, made)
     runner.adopt("reference", folder / "reference")
 

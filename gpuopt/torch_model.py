@@ -271,9 +271,12 @@ def _load_weights(path: Path, kind: ModelKind, factory: str) -> TorchModel:
             break
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ModelError(f"{path} holds no state dict", "Save model.state_dict() alone, or under 'state_dict'.")
+    # DataParallel writes `module.` before every name; of a model that has such names itself the file's own fit more.
     stripped = {name.removeprefix("module."): value for name, value in weights.items()}
+    names = module.state_dict().keys()
+    weights = max(weights, stripped, key=lambda named: len(names & named.keys()))
     try:
-        missing, unexpected = module.load_state_dict(stripped, strict=False)
+        missing, unexpected = module.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ModelError(
             f"{path} does not fit {factory}: {one_line(error)}", "Use the factory it was saved from."

@@ -25,7 +25,7 @@ class Session:
 
     Args:
         model: path of the ONNX file (external data beside it).
-        providers: execution providers, first choice first.
+        providers: execution providers, first choice first; a pair has options, by ONNX Runtime's names.
         optimization: `all`; `basic` where every tensor must stay visible; `none` to run the graph as written.
         disabled: optimizers to leave out, by ONNX Runtime's names.
         lean: memory before speed: nodes run in the graph's order and every tensor is freed behind its last use.
@@ -38,7 +38,7 @@ class Session:
     def __init__(
         self,
         model: Path,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
         optimization: str = "all",
         disabled: Sequence[str] = (),
         lean: bool = False,

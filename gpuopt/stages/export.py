@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration import first_layers
 from gpuopt.comparison import SAME, compare, first_difference
 from gpuopt.deployed_form import input_forms, samples_as_original
-from gpuopt.errors import ExportError, GpuoptError, ModelError, described, one_line
+from gpuopt.errors import BuildError, ExportError, GpuoptError, ModelError, described, one_line
 from gpuopt.interface import StatedInput
 from gpuopt.model_file import ModelKind, detect
 from gpuopt.quantization import existing
@@ -33,6 +34,8 @@ from gpuopt.tolerance import problem
 TORCHSCRIPT_MAX_OPSET = 20
 _GENERATED = "The inputs were generated: give --calibration-data, or recipe keys inputs.NAME.low and high."
 DYNAMO_MIN_OPSET = 18
+LAST_ASYMMETRIC_OPSET = 10
+"""From opset 11 on, Resize says how it takes its points."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -59,7 +62,8 @@ def run(context: StageContext) -> StageOutcome:
 
     Raises:
         ModelError, UsageError, DataError: the model or its shapes are not usable.
-        ExportError: no exporter gave a graph that computes what PyTorch does.
+        ExportError: no exporter gave a graph that computes what PyTorch does, or a converted opset none that computes
+            what the ONNX file did.
     """
     recipe = context.recipe
     feeds: Sequence[reference.Feed] = samples.load(context.folder("samples"))
@@ -302,17 +306,9 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
     input_forms(recipe.layout, resolved.inputs)
     warnings = list(resolved.warnings)
     before = onnx_model.opset(model)
+    original: onnx.ModelProto | None = None
     if before != recipe.export.opset and not DYNAMO_MIN_OPSET - 1 <= before <= recipe.export.opset:
-        try:
-            model = onnx.version_converter.convert_version(model, recipe.export.opset)
-        except Exception as error:  # the converter raises RuntimeError and its own kinds
-            if existing.holds_quantization(model):
-                # INT16, INT4 and FP8 cannot be converted: say so by the node's name.
-                existing.adopt(model, fp16=False)
-            raise ExportError(
-                f"{source} has opset {before}, which cannot be converted to {recipe.export.opset}: {one_line(error)}",
-                "Export the model again with that opset.",
-            ) from error
+        original, model = model, _convert(model, recipe.export.opset, source)
         warnings.append(f"opset {before} was converted to {recipe.export.opset}")
     model.ir_version = onnx_model.IR_VERSION
     onnx_model.node_names_made_unique(model)
@@ -332,6 +328,8 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         interface.corner_feeds(recipe, resolved, feeds),
         "ONNX",
     )
+    if original is not None:
+        warnings.extend(_check_conversion(original, path, stored, source))
     first_layers.save(stored.folder, first_layers.of_graph(model))
     facts = {
         "model_kind": ModelKind.ONNX.value,
@@ -342,6 +340,57 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
         **interface.facts_of(stored),
     }
     return StageOutcome(facts, tuple(warnings))
+
+
+def _convert(model: onnx.ModelProto, opset: int, source: Path) -> onnx.ModelProto:
+    """The model in another opset.
+
+    Raises:
+        ExportError: onnx cannot convert it.
+        QuantizationError: nor can TensorRT take what stops it: a node of the model's own quantization.
+    """
+    before = onnx_model.opset(model)
+    try:
+        converted: onnx.ModelProto = onnx.version_converter.convert_version(model, opset)
+    except Exception as error:  # the converter raises RuntimeError and its own kinds
+        if existing.holds_quantization(model):
+            # INT16, INT4 and FP8 cannot be converted: say so by the node's name.
+            existing.adopt(model, fp16=False)
+        raise ExportError(
+            f"{source} has opset {before}, which cannot be converted to {opset}: {one_line(error)}",
+            "Export the model again with that opset.",
+        ) from error
+    if before <= LAST_ASYMMETRIC_OPSET:
+        onnx_model.resizes_asymmetric(converted)
+    return converted
+
+
+def _check_conversion(original: onnx.ModelProto, path: Path, stored: Reference, source: Path) -> list[str]:
+    """Compare a model with what a conversion of its opset made of it, at every corner; what to warn of.
+
+    Both run as they are written: an optimizer that knows one opset alone makes a difference in FP16.
+
+    Raises:
+        ExportError: an output differs.
+    """
+    before, after = onnx_model.opset(original), onnx_model.opset(onnx.load(str(path), load_external_data=False))
+    with tempfile.TemporaryDirectory(prefix="gpuopt-export-") as scratch:
+        try:
+            old = Session(onnx_model.save(original, Path(scratch)), optimization="none")
+        except BuildError as error:
+            return [f"the conversion from opset {before} was not checked: {error.message}"]
+        new = Session(path, optimization="none")
+        for corner in stored.corners:
+            feed = stored.feed(corner)
+            converted = new.run(feed)
+            for name, expected in old.run(feed).items():
+                if found := problem(compare(converted[name], expected), SAME):
+                    raise ExportError(
+                        f"{source} computes something else once its opset {before} is converted to {after}: "
+                        f"output '{name}' at {corner.name}: {found}",
+                        f"Export the model again with opset {after}.",
+                    )
+    return []
 
 
 def _stated_by_graph(spec: TensorSpec) -> StatedInput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -141,7 +141,7 @@ def of_bundle(folder: Path, backend: Backend | None = None, torchscript: Path | 
         EngineError: the engine has no record, or is not the one that its record is about.
         UsageError: the bundle has no engine, or no TorchScript file was named.
     """
-    bundle.open_bundle(folder)
+    manifest = bundle.open_bundle(folder)
     stored = reference.load(folder / "reference")
     engine = next((folder / name for name in _ENGINES if (folder / name).is_file()), None)
     chosen: Backend = backend or ("tensorrt" if engine is not None else "onnxruntime")
@@ -164,7 +164,7 @@ def of_bundle(folder: Path, backend: Backend | None = None, torchscript: Path | 
     return Served(
         backend="onnxruntime",
         file=path,
-        more=_external_files(path),
+        more=_external_files(path, manifest["files"]),
         inputs=tuple(ServedTensor(spec) for spec in stored.inputs),
         outputs=tuple(ServedTensor(spec) for spec in stored.outputs),
         profiles=stored.profiles,
@@ -232,7 +232,7 @@ def _torchscript(path: Path, stored: Reference) -> Served:
     )
 
 
-def _external_files(path: Path) -> tuple[Path, ...]:
+def _external_files(path: Path, bundled: Container[str]) -> tuple[Path, ...]:
     from gpuopt import onnx_model
 
-    return tuple(onnx_model.external_files(path))
+    return tuple(onnx_model.bundled_external_files(path, bundled))

@@ -9,9 +9,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from gpuopt import environment, rebuild
+from gpuopt import bundle as bundles
+from gpuopt import environment, onnx_model, rebuild
+from gpuopt.cache import Cache
 from gpuopt.environment import Gpu
-from gpuopt.errors import UsageError
+from gpuopt.errors import StorageError, UsageError
+from gpuopt.pipeline import Runner
+from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
 
 
@@ -107,3 +111,63 @@ def test_plugins_that_a_bundle_names_are_not_loaded_on_its_word(tmp_path: Path, 
         rebuild._recipe(folder, None, ())
     found = rebuild._recipe(folder, None, ("build.plugins=[libmine.so]",))
     assert found.build.plugins == ("libmine.so",)
+
+
+def with_weights_in(location: str, in_a_branch: bool) -> onnx.ModelProto:
+    """A graph whose one weight lies in a file of that name, in the graph itself or in a branch."""
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=1)
+    weight.external_data.add(key="location", value=location)
+    made = helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4])
+    inner = helper.make_graph([], "inner", [], [made], [weight])
+    condition = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    outer = helper.make_graph(
+        [helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)],
+        "outer",
+        [condition],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])],
+    )
+    graph = outer if in_a_branch else inner
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def adopted(folder: Path, scratch: Path) -> Path | None:
+    """The artifact of the bundle's graph."""
+    runner = Runner(resolve({"model": {"path": "m"}}), Cache(scratch / "cache"), Silent(), "build")
+    rebuild._adopt(runner, folder, bundles.open_bundle(folder)["files"], scratch)
+    artifact = runner.artifact("onnx")
+    return artifact.path if artifact else None
+
+
+@pytest.mark.parametrize("in_a_branch", [False, True])
+@pytest.mark.parametrize(
+    "location", ["../loot", "../model.gpuopt/loot", "reference/../../loot", "ABSOLUTE", "absent", ""]
+)
+def test_weights_of_a_bundle_come_from_no_other_file_and_go_nowhere_else(
+    location: str, in_a_branch: bool, tmp_path: Path
+) -> None:
+    folder, home = tmp_path / "download/model.gpuopt", tmp_path / "home"
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/reference.json").write_text("{}")
+    (home / "scratch").mkdir(parents=True)
+    graph = with_weights_in(location.replace("ABSOLUTE", str(tmp_path / "download/loot")), in_a_branch)
+    (tmp_path / "graph").write_bytes(graph.SerializeToString())
+    files = {"model.onnx": tmp_path / "graph", "reference": tmp_path / "reference"}
+    bundles.write(folder, files, {"loot": "inside"}, {})
+    (tmp_path / "download/loot").write_bytes(bytes(16))
+    with pytest.raises(StorageError, match="is no file of the bundle"):
+        adopted(folder, home / "scratch")
+    assert not list(home.rglob("loot"))
+
+
+@pytest.mark.parametrize("in_a_branch", [False, True])
+def test_weights_beside_a_bundles_graph_are_taken_along(in_a_branch: bool, tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/reference.json").write_text("{}")
+    (tmp_path / "graph").write_bytes(with_weights_in("model.onnx.data", in_a_branch).SerializeToString())
+    (tmp_path / "data").write_bytes(bytes(range(16)))
+    files = {"model.onnx": tmp_path / "graph", "model.onnx.data": tmp_path / "data"}
+    bundles.write(tmp_path / "b", {**files, "reference": tmp_path / "reference"}, {}, {})
+    made = adopted(tmp_path / "b", tmp_path)
+    assert made is not None
+    assert (made / "model.onnx.data").read_bytes() == bytes(range(16))
+    onnx_model.load(made)

@@ -181,7 +181,7 @@ def test_nothing_is_opened_before_the_signature_holds(
     def opened(*arguments: object, **named: object) -> None:
         raise AssertionError("the engine was opened")
 
-    monkeypatch.setattr(environment, "why_not_run", lambda target: "")
+    monkeypatch.setattr(environment, "why_not_run", lambda *_: "")
     monkeypatch.setattr(engine._TensorRTEngine, "__init__", opened)
     other = Key(tmp_path, "other")
     calls: list[Callable[[str], Any]] = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
-from gpuopt.errors import ConfigurationError, UsageError
+from gpuopt.errors import ConfigurationError, StorageError, UsageError
 from gpuopt.triton import command, repository
 from gpuopt.triton.command import EnsembleRequest, Request
 from gpuopt.triton.options import Options
@@ -101,3 +102,17 @@ def test_a_pipeline_around_a_kept_configuration(bundle: Path, root: Path) -> Non
     made = (root / "e/config.pbtxt").read_text()
     assert "max_batch_size: 4" in made
     assert 'model_name: "m"' in made
+
+
+def test_weights_outside_the_bundle_are_not_deployed(root: Path, tmp_path: Path) -> None:
+    def outside(files: Path) -> None:
+        model = onnx.load(str(files / "model.onnx"))
+        onnx.external_data_helper.set_external_data(model.graph.initializer[0], "../secret")
+        model.graph.initializer[0].ClearField("raw_data")
+        (files / "model.onnx").write_bytes(model.SerializeToString())
+
+    (tmp_path / "secret").write_text("a secret")
+    bundle = bundles.make(tmp_path / "model.gpuopt", change=outside)
+    with pytest.raises(StorageError, match=r"external data '\.\./secret' is no file of the bundle"):
+        write(bundle, root, backend="onnxruntime")
+    assert not list(root.rglob("secret"))
