@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_ranges_without_samples_are_told_before_the_export(wanted: dict[str, Any
     chosen = recipe({"calibrate.data": None, "calibrate.ranges": "ranges.json", **wanted})
     with pytest.raises(DataError, match="no samples to measure"):
         check_request(chosen, builds=False)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "program.pt2"])
+def test_a_factory_beside_a_whole_model_is_refused(file: str, here: Path) -> None:
+    with zipfile.ZipFile("program.pt2", "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+    chosen = recipe({"model.path": file, "model.factory": "somewhere:make", "accuracy.max_drop": None})
+    with pytest.raises(UsageError, match="the factory somewhere:make would play no part") as caught:
+        check_request(chosen, builds=False)
+    assert "--set model.factory=null" in caught.value.hint
 
 
 def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
