@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,8 +162,7 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         if value is not None:
             _lay_over(tree, key, value)
     for name, entry in _inputs(flags).items():
-        for key, value in entry.items():
-            _set_input(tree, name, key, value)
+        _set_input(tree, name, entry)
     for text in settings:
         set_value(tree, *parse_setting(text))
     if not tree.get("model"):
@@ -403,8 +402,12 @@ def _inputs(flags: Flags) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _set_input(tree: dict[str, Any], name: str, key: str, value: Any) -> None:
+def _set_input(tree: dict[str, Any], name: str, entry: Mapping[str, Any]) -> None:
     inputs = tree.setdefault("inputs", {})
     if not isinstance(inputs, dict) or not isinstance(inputs.setdefault(name, {}), dict):
         raise UsageError("recipe: 'inputs' is no mapping of input names", "Write inputs: {NAME: {shape: 1x3x224x224}}.")
-    inputs[name][key] = value
+    if "shape" in entry:
+        # Else a range of the recipe would hide the flag.
+        for key in ("min", "opt", "max"):
+            inputs[name].pop(key, None)
+    inputs[name].update(entry)

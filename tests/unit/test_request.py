@@ -91,6 +91,14 @@ def test_an_input_flag_keeps_what_the_file_says_beside_it(tmp_path: Path) -> Non
     assert (found.inputs["a.b"].low, found.inputs["a.b"].max) == (-1, (8, 3))
 
 
+def test_a_shape_by_flag_replaces_the_range_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "inputs: {x: {min: 1x16, opt: 2x16, max: 8x16, high: 3}}\n")
+    assert made(path=path, inputs=("x:4x16",)).inputs["x"].range() == ShapeRange((4, 16), (4, 16), (4, 16))
+    found = made(path=path, inputs=("x:4x16",), max_shapes=("x:6x16",)).inputs["x"]
+    assert (found.range(), found.high) == (ShapeRange((4, 16), (4, 16), (6, 16)), 3)
+    assert made(path=path, max_shapes=("x:6x16",)).inputs["x"].range() == ShapeRange((1, 16), (2, 16), (6, 16))
+
+
 def test_an_input_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="input 'x' is given twice"):
         made(inputs=("x:1x3", "x:1x4"))
