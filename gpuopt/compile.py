@@ -42,7 +42,7 @@ from gpuopt.provenance.origin import (
     materials_to_json,
     text_hashes,
 )
-from gpuopt.recipe import Recipe, load, resolve
+from gpuopt.recipe import BuildSection, Recipe, load, resolve
 from gpuopt.reduction import command as reduction
 from gpuopt.report.documents import documents
 from gpuopt.report.model import (
@@ -118,6 +118,33 @@ def with_defaults(recipe: Recipe) -> Recipe:
     return resolve(tree)
 
 
+def remarks(asked: Recipe, recipe: Recipe) -> list[str]:
+    """What of a recipe has no effect, or not the one that its words promise, a line each.
+
+    Args:
+        asked: as the user wrote it.
+        recipe: with its defaults decided.
+    """
+    notes = []
+    if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
+        notes.append(NO_ENGINE)
+    if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
+        notes.append("the evaluation data plays no part without --max-accuracy-drop")
+    if is_native(recipe) and not recipe.build.enabled:
+        notes.append(NOT_INT8_YET)
+    unused = [
+        f"build.{name}"
+        for name, value in BuildSection()
+        if name not in _OF_EVERY_TARGET and getattr(asked.build, name) != value
+    ]
+    if io_formats.asks_for_the_fastest(recipe):
+        # Told with the formats that are taken.
+        unused.remove("build.io_formats")
+    if unused and not builds_engine(recipe):
+        notes.append(f"only engines have {', '.join(unused)}: without effect on ONNX Runtime's model")
+    return notes
+
+
 def compile_model(
     recipe: Recipe, cache: Cache, progress: Progress, command: Sequence[str], explain: bool = False
 ) -> Outcome:
@@ -132,13 +159,7 @@ def compile_model(
     asked = recipe
     recipe = with_defaults(asked)
     destination = bundle_folder(recipe)
-    notes = []
-    if not asked.build.target and not builds_engine(recipe) and recipe.quantize.format == "qdq":
-        notes.append(NO_ENGINE)
-    if recipe.accuracy.data is not None and recipe.accuracy.max_drop is None and not recipe.analyze.enabled:
-        notes.append("the evaluation data plays no part without --max-accuracy-drop")
-    if is_native(recipe) and not recipe.build.enabled:
-        notes.append(NOT_INT8_YET)
+    notes = remarks(asked, recipe)
     for note in notes:
         progress.warn(note)
     runner: Runner | None = None
@@ -348,6 +369,7 @@ def _state_of(recipe: Recipe, target: str, result: Mapping[str, Any]) -> dict[st
     return state if target == "onnxruntime" else {**state, "note": "", "proof": dict(found)}
 
 
+_OF_EVERY_TARGET = ("target", "enabled", "legacy")
 NO_ENGINE = "no engine is built: no TensorRT that can build here is installed; see 'gpuopt doctor'"
 NOT_INT8_YET = "nothing is INT8 yet: TensorRT's own calibrator quantizes when 'gpuopt build' builds the engine"
 _FLOAT_GRAPH = "FP32: TensorRT's own calibrator quantizes its engine alone"

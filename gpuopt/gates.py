@@ -53,14 +53,14 @@ def evaluate(report: Report, recipe: Recipe) -> list[GateReport]:
     Args:
         report: of the run; its own gates play no part.
     """
-    found = [*accuracy_gates(report, recipe), *_speed(report, recipe), *_resources(report, recipe)]
-    found += _calibration(report, recipe)
+    found = [*_budget(report, recipe), *accuracy_gates(report, recipe), *_speed(report, recipe)]
+    found += [*_resources(report, recipe), *_calibration(report, recipe)]
     return sorted(found, key=lambda gate: NAMES.index(gate.name))
 
 
 def accuracy_gates(report: Report, recipe: Recipe) -> list[GateReport]:
-    """The gates of accuracy and precision alone, which `gpuopt verify` can judge again."""
-    found = [*_budget(report, recipe)]
+    """The gates of accuracy and precision that `gpuopt verify` can judge again: a bundle holds no evaluation data."""
+    found: list[GateReport] = []
     if report.verification is not None:
         for graph in dict.fromkeys(row["graph"] for row in report.verification["outputs"]):
             rows = [row for row in report.verification["outputs"] if row["graph"] == graph]
@@ -264,12 +264,14 @@ def _calibration(report: Report, recipe: Recipe) -> Iterator[GateReport]:
     limit = recipe.gates.max_calibration_warnings
     if limit is None:
         return
+    facts = report.facts("calibrate")
+    reason = "ranges from a file: no data were checked" if "ranges_file" in facts else ""
     if report.precision == "int8" and recipe.quantize.quantizer == "tensorrt":
         reason = "TensorRT's own calibrator does not check the data"
+    if reason:
         yield _unknown("calibration_warnings", "", limit, "at most", "", reason)
-        return
-    findings = report.facts("calibrate").get("findings", [])
-    yield _at_most("calibration_warnings", "", len(findings), limit, "")
+    else:
+        yield _at_most("calibration_warnings", "", len(facts.get("findings", [])), limit, "")
 
 
 def _place(one: BenchmarkReport) -> str:

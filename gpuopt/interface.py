@@ -94,7 +94,13 @@ def resolve(
     for name in names:
         section = given.get(name, InputSection())
         model = by_name.get(name)
-        shapes = _completed(section, model)
+        shapes = _completed(section, model, sample.get(name))
+        if shapes is not None and shapes != _completed(section, model, None):
+            warnings.append(
+                f"'{name}' is built for {format_shape(shapes.min)} to {format_shape(shapes.max)}: the end that was not "
+                f"given comes from one calibration sample, {format_shape(sample[name].shape)}; --min-shapes and "
+                "--max-shapes choose"
+            )
         if shapes and model and not model.admits(shapes):
             takes = f"{format_shape(model.range.min)} to {format_shape(model.range.max)}" if model.range else ""
             raise UsageError(
@@ -156,16 +162,20 @@ def _check_sample(name: str, sample: reference.Array | None, shapes: ShapeRange)
             )
 
 
-def _completed(section: InputSection, model: StatedInput | None) -> ShapeRange | None:
-    """The section's shapes; a smallest or largest one that it leaves out is the model's own."""
+def _completed(section: InputSection, model: StatedInput | None, sample: reference.Array | None) -> ShapeRange | None:
+    """The section's shapes; a smallest or largest one that it leaves out is the model's own, or takes in the sample."""
     given = section.range()
-    if given is None or model is None or model.range is None or section.shape is not None:
+    if given is None or section.shape is not None:
         return given
-    low, high = section.min or model.range.min, section.max or model.range.max
-    if len({len(low), len(given.opt), len(high)}) != 1:
+    low, high = section.min, section.max
+    if model is not None and model.range is not None:
+        low, high = low or model.range.min, high or model.range.max
+    elif sample is not None and sample.ndim == len(given.opt):
+        low = tuple(map(min, sample.shape, given.min)) if low is None else low
+        high = tuple(map(max, sample.shape, given.max)) if high is None else high
+    if low is None or high is None or len({len(low), len(given.opt), len(high)}) != 1:
         return given
-    opt = section.opt or high
-    return ShapeRange(low, opt, high)
+    return ShapeRange(low, section.opt or high, high)
 
 
 def with_model_names(samples: Sequence[reference.Feed], stated: Sequence[StatedInput]) -> list[reference.Feed]:

@@ -683,6 +683,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
         DataError: INT8 without data or ranges, or with ranges that cannot be read; evaluation data or labels that are
             not there.
         StorageError: the model file is not there.
+        UsageError: a factory beside a file that is a whole model.
     """
     from gpuopt.model_file import ModelKind, detect
 
@@ -695,6 +696,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
         if Path(recipe.model.path).is_dir():
             raise StorageError(f"{recipe.model.path} is a folder, not a model file", "Name the file inside it.")
         kind = detect(Path(recipe.model.path))
+        _check_factory(recipe.model, kind)
     if kind is not ModelKind.ONNX:
         for package in ("torch", "onnxscript"):
             environment.require(package, "exporting a PyTorch model")
@@ -720,6 +722,19 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
             "Put calibration.npz or a folder calibration/ beside the model; or --calibration-data PATH; or\n"
             "--calibration-data package.module:callable; or --calibration-ranges FILE. (--random-calibration: smoke "
             "tests only.)",
+        )
+
+
+def _check_factory(model: ModelSection, kind: ModelKind) -> None:
+    from gpuopt.model_file import ModelKind
+
+    # A pickle that nobody vouches for is refused for what it would run.
+    untrusted = kind is ModelKind.PICKLED_MODULE and not model.trust_pickle
+    if model.factory and kind not in (ModelKind.STATE_DICT, ModelKind.SAFETENSORS) and not untrusted:
+        raise UsageError(
+            f"{model.path} is a whole model ({kind.value}): the factory {model.factory} would play no part",
+            "Leave out --model (of a recipe: --set model.factory=null), or give the weights alone: a state dict.\n"
+            "To compile the model that the factory makes, name it in place of the file.",
         )
 
 

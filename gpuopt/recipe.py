@@ -133,7 +133,9 @@ class InputSection(Section):
     """One input: dtype, and one static shape or a min / opt / max range."""
 
     dtype: Literal[DTYPES] | None = None  # type: ignore[valid-type]
-    shape: ShapeField | None = Field(None, description="Static shape, short for min = opt = max.")
+    shape: ShapeField | None = Field(
+        None, description="Those of min, opt and max that are not given; alone: a static shape."
+    )
     min: ShapeField | None = None
     opt: ShapeField | None = None
     max: ShapeField | None = None
@@ -143,11 +145,11 @@ class InputSection(Section):
     high: float | None = Field(None, description="Largest (integers: one past the largest) value.")
 
     def range(self) -> ShapeRange | None:
-        """The min / opt / max shapes; a missing one is taken from its nearest neighbour."""
+        """The min / opt / max shapes; a missing one is `shape`, else its nearest neighbour."""
         known = {
-            "min": (self.min, self.opt, self.shape, self.max),
+            "min": (self.min, self.shape, self.opt, self.max),
             "opt": (self.opt, self.shape, self.max, self.min),
-            "max": (self.max, self.opt, self.shape, self.min),
+            "max": (self.max, self.shape, self.opt, self.min),
         }
         # Not `or`: the shape of a scalar is the empty tuple.
         found = {name: next((s for s in shapes if s is not None), None) for name, shapes in known.items()}

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,12 +155,14 @@ def recipe(path: Path | None, flags: Flags, settings: Sequence[str]) -> Recipe:
         if is_factory and flags.factory:
             raise UsageError("two factories are given", "Give the weights file as MODEL and the factory as --model.")
         by_key["model.factory" if is_factory else "model.path"] = flags.model
+        if is_factory:
+            # A file that the recipe names would be compiled in its place.
+            set_value(tree, "model.path", None)
     for key, value in by_key.items():
         if value is not None:
-            set_value(tree, key, value)
+            _lay_over(tree, key, value)
     for name, entry in _inputs(flags).items():
-        for key, value in entry.items():
-            _set_input(tree, name, key, value)
+        _set_input(tree, name, entry)
     for text in settings:
         set_value(tree, *parse_setting(text))
     if not tree.get("model"):
@@ -311,6 +313,15 @@ def cache_state(folder: Path | None, clear: bool, as_json: bool) -> str:
     return f"{store.folder}: {entries} entries, {format_bytes(size)}\n"
 
 
+def _lay_over(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key; of a mapping the entries that are given, and those of the recipe stay beside them."""
+    before: Any = tree
+    for level in key.split("."):
+        before = before.get(level) if isinstance(before, dict) else None
+    both = isinstance(before, dict) and isinstance(value, dict)
+    set_value(tree, key, {**before, **value} if both else value)
+
+
 def _tactic_sources(texts: Sequence[str]) -> list[str]:
     return [name.strip() for text in texts for name in text.split(",")]
 
@@ -319,13 +330,16 @@ def _latencies(texts: Sequence[str]) -> dict[str, float]:
     """Milliseconds by percentile from `p99=5ms`.
 
     Raises:
-        UsageError: no percentile, or no time.
+        UsageError: no percentile, or no time, or a percentile twice.
     """
-    found = {}
+    found: dict[str, float] = {}
     for text in texts:
         percentile, _, limit = text.partition("=")
+        name = percentile.strip().lower()
+        if name in found:
+            raise UsageError(f"--max-latency is given twice for {name}", "Give it once for each percentile.")
         try:
-            found[percentile.strip().lower()] = float(limit.strip().removesuffix("ms"))
+            found[name] = float(limit.strip().removesuffix("ms"))
         except ValueError:
             raise UsageError(f"--max-latency '{text}' is no percentile and time", "Write it as p99=5ms.") from None
     return found
@@ -388,8 +402,12 @@ def _inputs(flags: Flags) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _set_input(tree: dict[str, Any], name: str, key: str, value: Any) -> None:
+def _set_input(tree: dict[str, Any], name: str, entry: Mapping[str, Any]) -> None:
     inputs = tree.setdefault("inputs", {})
     if not isinstance(inputs, dict) or not isinstance(inputs.setdefault(name, {}), dict):
         raise UsageError("recipe: 'inputs' is no mapping of input names", "Write inputs: {NAME: {shape: 1x3x224x224}}.")
-    inputs[name][key] = value
+    if "shape" in entry:
+        # Else a range of the recipe would hide the flag.
+        for key in ("min", "opt", "max"):
+            inputs[name].pop(key, None)
+    inputs[name].update(entry)

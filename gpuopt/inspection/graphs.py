@@ -17,6 +17,7 @@ from gpuopt.errors import ModelError, one_line
 from gpuopt.inspection import loading
 from gpuopt.inspection.home import Home
 from gpuopt.inspection.model import FileFacts, GraphFacts, TensorFacts, WeightFacts
+from gpuopt.inspection.runtime_limits import Operator
 from gpuopt.quantization import macs
 from gpuopt.shapes import Shape, format_shape
 from gpuopt.storage import sha256_file, storage_errors
@@ -83,7 +84,7 @@ def _describe(path: Path, model: onnx.ModelProto, home: Home | None, with_origin
         macs=total,
         int8_macs_share=int8 / total if total else None,
         macs_shapes={name: format_shape(shape) for name, shape in shapes.items()} if total is not None else {},
-        loading=loading.of_graph({node.domain for node in nodes}),
+        loading=loading.of_graph(model.ir_version, _opsets(model.opset_import), _needed_operators(model)),
         origin=home.origin() if home is not None and with_origin else None,
     )
 
@@ -146,7 +147,29 @@ def _file(path: Path, name: str, home: Home | None) -> FileFacts:
     return FileFacts(name=name, size_bytes=size, sha256=sha256, matches_manifest=fits)
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Version by domain, ai.onnx's under its other name, the empty one."""
+    return {_domain(entry.domain): entry.version for entry in imports}
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _needed_operators(model: onnx.ModelProto) -> set[Operator]:
+    """Every operator that the file does not define itself."""
+    own = {(_domain(function.domain), function.name) for function in model.functions}
+    found = set()
+    for part in (model.graph, *model.functions):
+        opsets = _opsets((model if part is model.graph else part).opset_import)
+        for node in _nodes(part):
+            domain = _domain(node.domain)
+            if (domain, node.op_type) not in own:
+                found.add((domain, node.op_type, opsets.get(domain, 1)))
+    return found
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for inner in onnx_model.subgraphs(node):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from gpuopt import environment
 from gpuopt.backends.tensorrt import preflight
 from gpuopt.engine_record import EngineRecord
 from gpuopt.inspection.model import FileFacts, LoadingFacts
-
-_KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+from gpuopt.inspection.runtime_limits import Operator, objections
 
 
 def of_engine(file: FileFacts, record: EngineRecord | None, record_problem: str) -> LoadingFacts:
@@ -47,20 +48,19 @@ def of_engine(file: FileFacts, record: EngineRecord | None, record_problem: str)
     )
 
 
-def of_graph(domains: set[str]) -> LoadingFacts:
-    """Of an ONNX graph, in ONNX Runtime.
+def of_graph(ir_version: int, opsets: Mapping[str, int], operators: Collection[Operator]) -> LoadingFacts:
+    """Of an ONNX graph, in ONNX Runtime, as far as versions and names of operators tell.
 
     Args:
-        domains: of its operators.
+        opsets: by domain; ai.onnx is the empty one.
+        operators: all that the file does not define itself.
     """
     if not environment.has_library("onnxruntime"):
         hint = environment.library_install_hint("onnxruntime")
         return LoadingFacts(verdict="no", reasons=(f"ONNX Runtime is not installed: {hint}",))
-    if foreign := sorted(domains - _KNOWN_DOMAINS):
-        return LoadingFacts(
-            verdict="unknown", reasons=(f"its operators of {', '.join(foreign)} need a library that defines them",)
-        )
-    return LoadingFacts(verdict="yes")
+    found = objections(environment.stated_library_version("onnxruntime"), ir_version, opsets, operators)
+    verdict = "no" if found.reasons else "unknown" if found.open_questions else "yes"
+    return LoadingFacts.model_validate({"verdict": verdict, "reasons": (*found.reasons, *found.open_questions)})
 
 
 def _needs(record: EngineRecord) -> tuple[str, ...]:

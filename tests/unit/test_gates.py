@@ -207,3 +207,20 @@ def test_calibration_warnings_are_findings_about_the_data() -> None:
     )
     (unseen,) = by_name(gated(native, stages=[]))["calibration_warnings"]
     assert unseen.verdict == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("facts", "verdict"), [({"ranges_file": {"name": "r.json"}}, "unknown"), ({"quantized_before": True}, "passed")]
+)
+def test_data_that_were_not_checked_are_not_known_to_be_good(facts: dict[str, Any], verdict: str) -> None:
+    calibrate = next(stage for stage in passing().stages if stage.name == "calibrate")
+    stages = [calibrate.model_copy(update={"facts": facts})]
+    (gate,) = by_name(gated(recipe(gates__max_calibration_warnings=0), stages=stages))["calibration_warnings"]
+    assert gate.verdict == verdict
+
+
+def test_an_accuracy_budget_is_measured_by_the_compilation_alone() -> None:
+    asked = recipe(accuracy__max_drop=0.01)
+    names = [gate.name for gate in gates.accuracy_gates(gated(asked), asked)]
+    assert "cosine" in names
+    assert "accuracy_drop" not in names

@@ -94,6 +94,30 @@ def test_the_recipe_goes_before_the_model_and_the_model_before_the_data() -> Non
     assert ranges(resolved(stated=(BOUNDED,), samples=[SAMPLE])) == {"x": ((1, 3), (8, 3), (8, 3))}
 
 
+@pytest.mark.parametrize("stated", [(), (OPEN,)])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max": "8x3"}, ((2, 3), (8, 3), (8, 3))),
+        ({"min": "1x3"}, ((1, 3), (2, 3), (2, 3))),
+        ({"opt": "4x3"}, ((2, 3), (4, 3), (4, 3))),
+        ({"opt": "1x3"}, ((1, 3), (1, 3), (2, 3))),
+    ],
+)
+def test_an_end_that_is_left_out_comes_from_the_data_and_that_is_told(given: Any, expected: Any, stated: Any) -> None:
+    found = resolved({"x": given}, stated=stated, samples=[SAMPLE])
+    assert ranges(found) == {"x": expected}
+    assert "comes from one calibration sample, 2x3; --min-shapes and --max-shapes choose" in found.warnings[0]
+
+
+@pytest.mark.parametrize("given", [{"shape": "8x3"}, {"shape": "1x3", "max": "8x3"}, {"min": "1x3", "max": "8x3"}])
+def test_shapes_that_are_given_are_not_those_of_the_data(given: Any) -> None:
+    found = resolved({"x": given}, samples=[SAMPLE])
+    assert ranges(found) == ranges(resolved({"x": given}))
+    assert found.warnings == ()
+    assert ranges(resolved({"x": {"max": "8x3"}}, stated=(BOUNDED,), samples=[SAMPLE]))["x"][0] == (1, 3)
+
+
 def test_one_of_several_inputs_may_be_given_and_the_rest_come_from_the_data() -> None:
     sample = {"ids": np.zeros((1, 8), np.int64), "mask": np.zeros((1, 8), np.int64)}
     found = resolved({"ids": {"min": "1x8", "max": "4x8"}}, samples=[sample])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from onnx import helper
 from gpuopt import environment, user_code
 from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache, Entry
-from gpuopt.compile import with_defaults
+from gpuopt.compile import NO_ENGINE, remarks, with_defaults
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError, PrecisionError, UsageError
 from gpuopt.pipeline import (
@@ -288,6 +289,36 @@ def test_ranges_without_samples_are_told_before_the_export(wanted: dict[str, Any
     chosen = recipe({"calibrate.data": None, "calibrate.ranges": "ranges.json", **wanted})
     with pytest.raises(DataError, match="no samples to measure"):
         check_request(chosen, builds=False)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "program.pt2"])
+def test_a_factory_beside_a_whole_model_is_refused(file: str, here: Path) -> None:
+    with zipfile.ZipFile("program.pt2", "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+    chosen = recipe({"model.path": file, "model.factory": "somewhere:make", "accuracy.max_drop": None})
+    with pytest.raises(UsageError, match="the factory somewhere:make would play no part") as caught:
+        check_request(chosen, builds=False)
+    assert "--set model.factory=null" in caught.value.hint
+
+
+def test_options_of_engines_are_told_where_none_is_made(here: Path) -> None:
+    options = {"build.plugins": ["p.so"], "build.io_formats": {"x": "fp16:chw"}, "build.tf32": False}
+    told = "only engines have build.plugins, build.tf32, build.io_formats: without effect on ONNX Runtime's model"
+
+    def said(changes: dict[str, Any]) -> list[str]:
+        return remarks(recipe(changes), with_defaults(recipe(changes)))
+
+    assert said({**options, "build.target": ["onnxruntime"]}) == [told]
+    assert said({**options, "build.target": ["tensorrt-rtx"]}) == []
+    assert said({"build.io_formats": "auto", "build.legacy": False, "build.target": ["onnxruntime"]}) == []
+
+
+def test_options_of_engines_are_told_where_no_tensorrt_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "default_targets", lambda: ("onnxruntime",))
+    shared = recipe({"build.target": [], "build.require_timing_cache": True})
+    no_engine, options = remarks(shared, with_defaults(shared))
+    assert no_engine == NO_ENGINE
+    assert "build.require_timing_cache" in options
 
 
 def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

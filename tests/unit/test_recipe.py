@@ -167,11 +167,13 @@ def test_the_native_quantizer_leaves_the_graph_in_fp32() -> None:
         ({"min": "1x3", "max": "8x3"}, ((1, 3), (8, 3), (8, 3))),
         ({"min": "1x3", "opt": "4x3"}, ((1, 3), (4, 3), (4, 3))),
         ({"min": "1", "shape": "2", "max": "4"}, ((1,), (2,), (4,))),
+        ({"shape": "1", "opt": "4", "max": "8"}, ((1,), (4,), (8,))),
+        ({"min": "1", "opt": "4", "shape": "8"}, ((1,), (4,), (8,))),
         ({"shape": "scalar"}, ((), (), ())),
         ({"min": "scalar", "max": []}, ((), (), ())),
     ],
 )
-def test_an_inputs_range_fills_what_is_missing_from_its_nearest_neighbour(given: Any, expected: Any) -> None:
+def test_an_inputs_range_fills_what_is_missing_from_its_shape_or_nearest_neighbour(given: Any, expected: Any) -> None:
     assert resolve({**MINIMAL, "inputs": {"x": given}}).inputs["x"].range() == ShapeRange(*expected)
 
 

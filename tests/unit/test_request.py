@@ -91,6 +91,14 @@ def test_an_input_flag_keeps_what_the_file_says_beside_it(tmp_path: Path) -> Non
     assert (found.inputs["a.b"].low, found.inputs["a.b"].max) == (-1, (8, 3))
 
 
+def test_a_shape_by_flag_replaces_the_range_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "inputs: {x: {min: 1x16, opt: 2x16, max: 8x16, high: 3}}\n")
+    assert made(path=path, inputs=("x:4x16",)).inputs["x"].range() == ShapeRange((4, 16), (4, 16), (4, 16))
+    found = made(path=path, inputs=("x:4x16",), max_shapes=("x:6x16",)).inputs["x"]
+    assert (found.range(), found.high) == (ShapeRange((4, 16), (4, 16), (6, 16)), 3)
+    assert made(path=path, max_shapes=("x:6x16",)).inputs["x"].range() == ShapeRange((1, 16), (2, 16), (6, 16))
+
+
 def test_an_input_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="input 'x' is given twice"):
         made(inputs=("x:1x3", "x:1x4"))
@@ -116,6 +124,31 @@ def test_weights_and_a_factory_go_together_but_not_two_factories() -> None:
     assert (found.path, found.factory) == ("weights.pt", "a:b")
     with pytest.raises(UsageError, match="two factories"):
         made(model="a:b", factory="c:d")
+
+
+def test_a_factory_given_as_the_model_is_compiled_and_not_the_file_of_the_recipe(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: {path: model.onnx, trust_pickle: true}\n")
+    found = made(path=path, model="a:b").model
+    assert (found.path, found.factory, found.trust_pickle) == (None, "a:b", True)
+    weights = made(path=written(tmp_path, "model: {path: w.pt, factory: a:b}\n"), model="other.pt").model
+    assert (weights.path, weights.factory) == ("other.pt", "a:b")
+
+
+def test_a_flag_for_one_name_keeps_the_recipe_s_others(tmp_path: Path) -> None:
+    text = "gates: {max_latency_ms: {p50: 1, p99: 5}}\nbuild: {io_formats: {a: fp16:chw, b: fp16:hwc8}}\n"
+    path = written(tmp_path, text + "layout: {input: {x: nhwc}, output: nhwc}\n")
+    flags = {"max_latency": ("p99=0.1ms",), "io_formats": ("b=fp32:chw",), "input_layout": ("y=nhwc",)}
+    found = made(path=path, **flags, output_layout=("z=nhwc",))
+    assert found.gates.max_latency_ms == {"p50": 1, "p99": 0.1}
+    assert found.build.io_formats == {"a": "fp16:chw", "b": "fp32:chw"}
+    assert (found.layout.input, found.layout.output) == ({"x": "nhwc", "y": "nhwc"}, {"z": "nhwc"})
+    assert made("gates.max_latency_ms={}", path=path).gates.max_latency_ms == {}
+    assert made(path=path, io_formats=("auto",)).build.io_formats == "auto"
+
+
+def test_two_limits_for_one_percentile_are_refused() -> None:
+    with pytest.raises(UsageError, match="twice for p99"):
+        made(max_latency=("p99=5ms", "P99=6ms"))
 
 
 @pytest.mark.parametrize("text", ["precision: fp16\n", "model:\nprecision: fp16\n"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -207,3 +208,49 @@ def test_external_weights_outside_their_folder_are_refused(location: str, tmp_pa
     (tmp_path / "in" / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="leaves the model's folder"):
         describe(tmp_path / "in" / "model.onnx", None, True)
+
+
+@pytest.mark.parametrize(
+    ("node", "ir_version", "opsets", "verdict", "reason"),
+    [
+        (("Relu", ""), 10, {"": 20}, "yes", ""),
+        (("Relu", "ai.onnx"), 10, {"ai.onnx": 20}, "yes", ""),
+        (("Gelu", "com.microsoft"), 10, {"": 20, "com.microsoft": 1}, "yes", ""),
+        (("Relu", ""), 99, {"": 20}, "unknown", "IR version 99 is newer than"),
+        (("Relu", ""), 10, {"": 99}, "unknown", "opset 99 of ai.onnx is newer than"),
+        (("Relu", ""), 10, {"": 20, "ai.onnx.ml": 99}, "unknown", "opset 99 of ai.onnx.ml is newer than 5, the newest"),
+        (("NoSuchOp", ""), 10, {"": 20}, "no", "ONNX has no operator ai.onnx.NoSuchOp (opset 20)"),
+        (("Gelu", ""), 10, {"": 19}, "no", "ONNX has no operator ai.onnx.Gelu (opset 19)"),
+        (("Upsample", ""), 10, {"": 20}, "no", "ONNX has no operator ai.onnx.Upsample (opset 20)"),
+        (("NoSuchOp", "com.microsoft"), 10, {"": 20, "com.microsoft": 1}, "unknown", "has operator com.microsoft.NoSu"),
+    ],
+)
+def test_a_graph_that_onnx_runtime_refuses_is_not_said_to_load_here(
+    node: tuple[str, str], ir_version: int, opsets: dict[str, int], verdict: str, reason: str, tmp_path: Path
+) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    made = helper.make_node(node[0], ["x"], ["y"], domain=node[1])
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    graph = helper.make_graph([made], "g", values[:1], values[1:])
+    model = helper.make_model(graph, ir_version=ir_version, opset_imports=imports)
+    found = described(model, tmp_path).loading
+    assert (found.verdict, len(found.reasons)) == (verdict, 1 if reason else 0)
+    assert reason in "".join(found.reasons)
+    try:
+        onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+        opens = True
+    except Exception:
+        opens = False
+    assert opens == (found.verdict == "yes"), "ONNX Runtime itself"
+
+
+def test_operators_that_a_file_defines_itself_need_no_library(tmp_path: Path) -> None:
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    body = [helper.make_node("Relu", ["a"], ["b"])]
+    functions = [helper.make_function("own", "Mine", ["a"], ["b"], body, opsets[:1])]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Mine", ["x"], ["y"], domain="own")], "g", values[:1], values[1:])
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets, functions=functions)
+    assert described(model, tmp_path).loading.verdict == "yes"
+    model.functions[0].node[0].op_type = "NoSuchOp"
+    assert described(model, tmp_path).loading.verdict == "no"

@@ -11,6 +11,7 @@ import pytest
 
 from gpuopt import environment
 from gpuopt.environment import Gpu
+from gpuopt.inspection import runtime_limits
 from gpuopt.inspection.loading import of_engine, of_graph
 from gpuopt.inspection.model import FileFacts
 from tests.unit.inspection.bundles import ENGINE, record
@@ -94,13 +95,30 @@ def test_what_has_to_be_named_is_told(machine: Machine) -> None:
 
 
 def test_graphs_need_onnx_runtime_and_their_operators(machine: Machine) -> None:
+    gemm = ("", "Gemm", 20)
     machine(modules=())
-    assert of_graph({""}).verdict == "no"
+    assert of_graph(10, {"": 20}, [gemm]).verdict == "no"
     machine(modules=("onnxruntime",))
-    assert of_graph({"", "com.microsoft"}).verdict == "yes"
-    found = of_graph({"", "my.domain"})
+    assert of_graph(10, {"": 20, "com.microsoft": 1}, [gemm, ("com.microsoft", "FusedConv", 1)]).verdict == "yes"
+    found = of_graph(10, {"": 20, "my.domain": 1}, [gemm, ("my.domain", "Own", 1)])
     assert found.verdict == "unknown"
     assert "my.domain" in found.reasons[0]
+
+
+def test_what_is_known_of_a_release_depends_on_its_version(machine: Machine) -> None:
+    known = {}
+    for version in ("1.22.0", "1.31.1", "1.32.0", "2.0.0", ""):
+        machine(modules=("onnxruntime",), version=version)
+        known[version] = of_graph(11, {"": 20}, []).verdict
+    assert known == {"1.22.0": "unknown", "1.31.1": "yes", "1.32.0": "yes", "2.0.0": "yes", "": "unknown"}
+
+
+def test_the_operators_that_onnx_runtime_is_said_to_have_are_those_that_it_has() -> None:
+    state = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    has = {(schema.domain, schema.name) for schema in state.get_all_operator_schema()}
+    assert {("com.microsoft", name) for name in runtime_limits._MICROSOFT.split()} <= has
+    beside = f"{runtime_limits._BESIDE_ONNX} {runtime_limits._BESIDE_ONNX_AT_TIMES}"
+    assert {("", name) for name in beside.split()} <= has
 
 
 def test_the_version_is_read_from_the_source_where_no_distribution_tells(
