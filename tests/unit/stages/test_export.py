@@ -18,7 +18,7 @@ from gpuopt.stages import export, samples
 from gpuopt.stages.context import StageContext
 
 
-class Root(torch.nn.Module):
+class Root(torch.nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sqrt(x)
 
@@ -50,7 +50,7 @@ def exported(folder: Path, kind: str, *rows: list[float]) -> StageOutcome:
 
 @pytest.mark.parametrize("kind", ["pt", "onnx"])
 def test_a_model_that_gives_nan_alone_is_refused(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="gives nothing but NaN in output '.*' at profile0-min") as caught:
+    with pytest.raises(ModelError, match=r"gives nothing but NaN in output '.*' at profile0-min") as caught:
         exported(tmp_path, kind, [-1, -2, -3], [1, 2, 3])
     assert "calibration data" in caught.value.hint
     assert len(caught.value.lines().splitlines()) == 2
