@@ -260,8 +260,8 @@ def beyond_budget(recipe: Recipe, winner: str) -> str:
     if recipe.accuracy.max_drop is None or winner != "fp16":
         return ""
     return (
-        f"FP16 ships, and the accuracy budget of {recipe.accuracy.max_drop:g} is INT8's alone: its metric was not taken of "
-        "FP16, whose outputs were compared with the original model's"
+        f"FP16 ships, and the accuracy budget of {recipe.accuracy.max_drop:g} is INT8's alone: FP16's outputs were "
+        "compared with the original model's, its metric was not taken"
     )
 
 
