@@ -150,36 +150,51 @@ def first_difference(session: Runnable, stored: Reference, limits: Limits) -> st
     return ""
 
 
-def batch_invariance(session: Runnable, stored: Reference, tolerance: float) -> dict[str, Any]:
+def batch_invariance(session: Runnable, stored: Reference, tolerance: float, min_agreement: float) -> dict[str, Any]:
     """Whether a sample's outputs depend on the samples beside it, where the original's do not.
 
     Args:
-        tolerance: largest difference, relative to the output's largest value.
+        tolerance: largest difference of floating-point outputs, relative to the row's largest finite value.
+        min_agreement: smallest share of equal values of other outputs.
 
     Returns:
-        `checked`; then `batch`, `worst_relative_error` and `failures`, or the `reason` why not.
+        `checked`; then `batch`, `worst_relative_error` (of floating-point outputs), `lowest_agreement` (where there
+        are others) and `failures`, or the `reason` why not.
     """
     name = reference.largest_batch(stored.corners, stored.profiles)
     if name is None:
         return {"checked": False, "reason": "the shapes have one batch size"}
+    corner = next(c for c in stored.corners if c.name == name)
+    feed = reference.with_distinct_rows(stored.feed(corner))
+    if feed is None:
+        return {"checked": False, "reason": "all rows of the reference inputs are the same one"}
     if not stored.batched_outputs:
         return {"checked": False, "reason": f"in {stored.origin} too, outputs depend on the whole batch"}
-    corner = next(c for c in stored.corners if c.name == name)
-    feed = stored.feed(corner)
     together = session.run(feed)
-    worst, failures = 0.0, list[str]()
+    worst, agreements, failures = 0.0, list[float](), list[str]()
     batch = next(iter(feed.values())).shape[0]
     for row in reference.rows_to_check(batch):
         alone = session.run(reference.row_of(feed, row))
         for output in stored.batched_outputs:
-            in_batch = together[output][row : row + 1].astype(np.float64)
-            scale = max(float(np.max(np.abs(in_batch), initial=0.0)), 1e-12)
-            error = float(np.max(np.abs(alone[output].astype(np.float64) - in_batch), initial=0.0)) / scale
-            if not math.isfinite(error):
-                error = math.inf
-            worst = max(worst, error)
-            if not error <= tolerance:
-                failures.append(
-                    f"output '{output}': row {row} of a batch of {batch} differs from the row alone by {error:.1e}"
-                )
-    return {"checked": True, "batch": batch, "worst_relative_error": worst, "failures": failures}
+            in_batch = together[output][row : row + 1]
+            found = compare(alone[output], in_batch)
+            where = f"output '{output}': row {row} of a batch of {batch}"
+            if found["agreement"] is None:
+                error = _relative_error(found, in_batch)
+                worst = max(worst, error)
+                if error > tolerance:
+                    failures.append(f"{where} differs from the row alone by {error:.1e}")
+            else:
+                agreements.append(found["agreement"])
+                if found["agreement"] < min_agreement:
+                    failures.append(f"{where} has only {found['agreement']:.1%} of the values of the row alone")
+    figures = {"lowest_agreement": min(agreements)} if agreements else {}
+    return {"checked": True, "batch": batch, "worst_relative_error": worst, **figures, "failures": failures}
+
+
+def _relative_error(figures: Mapping[str, Any], expected: Array) -> float:
+    """The largest difference over the largest finite value; infinite where NaN or infinity stands elsewhere."""
+    if not figures["shape_equal"] or not figures["finite"]:
+        return math.inf
+    largest = float(np.max(np.abs(expected[np.isfinite(expected)].astype(np.float64)), initial=0.0))
+    return float(figures["max_abs_error"] / max(largest, 1e-12))

@@ -19,7 +19,7 @@ from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
 from gpuopt.errors import DataError, GpuoptError, PrecisionError, StorageError, UsageError
 from gpuopt.progress import Progress
-from gpuopt.recipe import FACTORY_PATTERN, AccuracySection, ModelSection, Recipe
+from gpuopt.recipe import FACTORY_PATTERN, ModelSection, Recipe
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, sha256_json, storage_errors
 from gpuopt.worker import Worker
@@ -680,6 +680,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
+        UsageError: TensorRT has no calibrators any more, or labels come without data.
         DataError: INT8 without data or ranges, or with ranges that cannot be read; evaluation data or labels that are
             not there.
         StorageError: the model file is not there.
@@ -703,7 +704,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
     if kind is ModelKind.SAFETENSORS:
         environment.require("safetensors", "reading safetensors")
     calibrate = recipe.calibrate
-    _check_evaluation(recipe.accuracy)
+    _check_evaluation(recipe)
     has_samples = recipe.accuracy.data is not None or calibrate.data is not None or calibrate.random
     if _analyzes(recipe) and calibrate.ranges is not None and not has_samples:
         raise DataError(
@@ -756,8 +757,13 @@ def _holds_quantization(model: ModelSection, kind: ModelKind) -> bool:
     return file_holds_quantization(Path(model.path), kind)
 
 
-def _check_evaluation(accuracy: AccuracySection) -> None:
-    data, labels = accuracy.data, accuracy.labels
+def _check_evaluation(recipe: Recipe) -> None:
+    data, labels = recipe.accuracy.data, recipe.accuracy.labels
+    if labels is not None and data is None and recipe.calibrate.random:
+        raise UsageError(
+            f"labels '{labels}' for random samples: nobody knows what those show",
+            "Give the labels' data with --evaluation-data PATH, or leave out --labels.",
+        )
     if data is not None and not Path(data).exists() and not FACTORY_PATTERN.match(data):
         raise DataError(
             f"evaluation data '{data}' does not exist",

@@ -31,6 +31,8 @@ Forward = Callable[[Feed], Sequence[Array]]
 _CORNER_NAME = re.compile(r"[\w-]{1,100}", re.ASCII)
 _MOST_BYTES = 4 << 30
 """Of all inputs at one corner: a graph can declare any size."""
+_MOST_DIFFERING = 0.01
+"""Share of an integer output's values: a label between two equal scores may fall either way."""
 
 ValueRanges = Mapping[str, tuple[float, float]]
 
@@ -45,7 +47,7 @@ class Reference:
         inputs, outputs: the model's tensors; a dynamic dimension is a string.
         profiles: the shape profiles.
         corners: the shapes at which outputs are stored.
-        batched_outputs: outputs whose rows the original model computes independently of each other.
+        batched_outputs: outputs whose rows the original model was found to compute independently of each other.
     """
 
     folder: Path
@@ -276,12 +278,18 @@ def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def largest_batch(points: Sequence[Corner], profiles: Sequence[Profile]) -> str | None:
-    """The corner with the largest batch above 1, if every input has a dynamic batch down to 1."""
+    """The corner with the largest batch above 1 of which a profile also takes one row alone, if every input has a
+    dynamic batch down to 1."""
     ranges = profiles[0].values()
     if not all(r.min and r.min[0] == 1 and 0 in r.dynamic_axes for r in ranges):
         return None
-    fitting = [c for c in points if all(s[0] > 1 for s in c.shapes.values())]
+    fitting = [c for c in points if all(s[0] > 1 for s in c.shapes.values()) and _takes_one_row(c, profiles)]
     return max(fitting, key=lambda c: next(iter(c.shapes.values()))[0]).name if fitting else None
+
+
+def _takes_one_row(corner: Corner, profiles: Sequence[Profile]) -> bool:
+    rows = {name: (1, *shape[1:]) for name, shape in corner.shapes.items()}
+    return any(all(profile[name].admits(shape) for name, shape in rows.items()) for profile in profiles)
 
 
 def rows_to_check(batch: int) -> list[int]:
@@ -294,16 +302,61 @@ def row_of(feed: Feed, row: int) -> dict[str, Array]:
     return {name: value[row : row + 1] for name, value in feed.items()}
 
 
+def with_distinct_rows(feed: Feed) -> Feed | None:
+    """A feed whose rows can be told apart, for a model that mixes equal rows gives what it gives for one alone.
+
+    Args:
+        feed: every input with the batch along axis 0.
+
+    Returns:
+        The feed itself where its rows differ. Else one made of its only row: its values in another order, and
+        floating-point ones smaller from row to row, down to about half. None where that makes no difference.
+    """
+    if not _rows_are_equal(feed):
+        return feed
+    varied = {name: _varied(value) for name, value in feed.items()}
+    return None if _rows_are_equal(varied) else varied
+
+
+def _rows_are_equal(feed: Feed) -> bool:
+    return all(np.array_equal(v, np.broadcast_to(v[:1], v.shape), equal_nan=v.dtype.kind == "f") for v in feed.values())
+
+
+def _varied(value: Array) -> Array:
+    varied = value.copy()
+    for index in range(1, len(value)):
+        # What is in range stays in range: ids, bytes and masks are only moved.
+        row = np.roll(value[index], index)
+        varied[index] = row * (1 - index / (2 * len(value))) if value.dtype.kind == "f" else row
+    return varied
+
+
 def _independent_rows(run: Forward, feed: Feed, outputs: Mapping[str, Array]) -> set[str]:
+    """Outputs of a batch's rows that are those of the rows alone; none where all rows are the same one."""
+    distinct = with_distinct_rows(feed)
+    if distinct is None:
+        return set()
+    if distinct is not feed:
+        try:
+            outputs = dict(zip(outputs, run(distinct), strict=True))
+        except Exception:  # a model may refuse values in another order, and nothing else shows independence
+            return set()
     batch = next(iter(feed.values())).shape[0]
     names = {name for name, value in outputs.items() if value.ndim and value.shape[0] == batch}
     for row in rows_to_check(batch):
-        alone = dict(zip(outputs, run(row_of(feed, row)), strict=True))
-        for name in sorted(names):
-            together = outputs[name][row : row + 1]
-            if together.shape != alone[name].shape or not np.allclose(together, alone[name], rtol=1e-3, atol=1e-3):
-                names.discard(name)
+        alone = dict(zip(outputs, run(row_of(distinct, row)), strict=True))
+        names = {name for name in names if _is_row(alone[name], outputs[name], row)}
     return names
+
+
+def _is_row(alone: Array, together: Array, row: int) -> bool:
+    in_batch = together[row : row + 1]
+    if alone.shape != in_batch.shape:
+        return False
+    if together.dtype.kind != "f":
+        return bool(np.count_nonzero(alone != in_batch) <= _MOST_DIFFERING * alone.size)
+    largest = float(np.max(np.abs(together[np.isfinite(together)]), initial=0.0))
+    return np.allclose(in_batch, alone, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
 
 def _merge(shapes: Sequence[Shape]) -> tuple[int | str, ...]:

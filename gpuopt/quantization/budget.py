@@ -34,11 +34,12 @@ def search(
 
     The number of nodes doubles until the budget holds, and is bisected from there: for a metric that does not fall
     when more nodes leave INT8 it is the smallest that holds, after at most 2 log2(n) + 2 evaluations. Then nodes with
-    much work for their cost go back into INT8 one at a time, each kept there if the budget still holds. One node
-    stays in INT8 in any case: without any there is nothing to search.
+    much work for their cost go back into INT8 one at a time, each kept there if the budget still holds. The last of
+    the ranking stays in INT8 in any case: without any node there is nothing to search.
 
     Args:
-        ranking: the nodes in INT8, costliest first; with all of them in INT8 the budget does not hold.
+        ranking: the nodes in INT8 that may fall and the one that may not, costliest first; with all of them in INT8
+            the budget does not hold.
         evaluate: measures the model with these nodes in FP16.
         work: multiply-accumulates of every node.
         cost: error power over signal power that each brings alone.

@@ -273,7 +273,8 @@ def _labels(
     """The labels of the evaluated rows, in their order."""
     name = settings.labels or ""
     labels = _read_labels(name, context.data)
-    available = open_samples(context, inputs, None).total
+    whole = open_samples(context, inputs, None)
+    available = whole.total
     positions: Sequence[int] = range(len(rows))
     expected = sum(rows)
     if available is not None and available != len(rows):
@@ -284,6 +285,8 @@ def _labels(
                 "Leave accuracy.samples out, or give samples of one batch size.",
             )
         expected = available * rows[0]
+    if whole.rest and len(labels) == expected + whole.rest:
+        labels = labels[:expected]
     if len(labels) != expected and not (available is None and len(labels) > expected and len(rows) == context.samples):
         raise DataError(
             f"{name} holds {len(labels)} labels for {expected} evaluation samples",

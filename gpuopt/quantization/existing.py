@@ -228,7 +228,8 @@ class _Check:
             array = array - _along(zero.astype(np.int64), node, array.ndim)
         scale = self._value(node.input[1])
         assert scale is not None
-        folded = array.astype(scale.dtype) * _along(scale, node, array.ndim)
+        # In FP16 the integers alone would be infinite.
+        folded = array.astype(np.float64) * _along(scale.astype(np.float64), node, array.ndim)
         self.added[node.output[0]] = numpy_helper.from_array(folded.astype(scale.dtype), node.output[0])
         self.removed.append(node)
         self.repairs.append(("INT32 behind DQ became floating point", node.input[0]))

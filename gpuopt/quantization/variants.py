@@ -49,8 +49,11 @@ class Variants:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The computing nodes that INT8 is decided for, in the graph's order."""
-        computing = placement.CANDIDATE_OPERATORS
-        return tuple(d.node for d in self.decisions if d.quantized and d.op_type in computing)
+        return _computing(self.decisions)
+
+    def left_without(self, out: Collection[str]) -> tuple[str, ...]:
+        """The computing nodes that stay in INT8 where these, and what depends on them, do not."""
+        return _computing(self.placed(out, ""))
 
     def placed(self, out: Collection[str], reason: str) -> list[Placement]:
         """The placement with these nodes left in floating point for this reason, and what depends on them for its own.
@@ -94,6 +97,10 @@ class Variants:
                 f"quantizing {len(wanted)} of the nodes ({', '.join(wanted[:3])}) fails: {described(error)}",
                 "Exclude the node with --nodes-to-exclude NAME; --debug shows where it failed.",
             ) from error
+
+
+def _computing(decisions: Sequence[Placement]) -> tuple[str, ...]:
+    return tuple(d.node for d in decisions if d.quantized and d.op_type in placement.CANDIDATE_OPERATORS)
 
 
 class WeightsFile:

@@ -405,8 +405,14 @@ def _invariance(graph: str, found: dict[str, Any]) -> str:
         return f"- Batch invariance of {code(graph)} was not checked: {found['reason']}."
     return (
         f"- Batch invariance of {code(graph)}: a row alone and in a batch of {found['batch']} differ by at most "
-        f"{found['worst_relative_error']:.1e} (relative)."
+        f"{found['worst_relative_error']:.1e} (relative){agreeing(found)}."
     )
+
+
+def agreeing(invariance: Mapping[str, Any]) -> str:
+    """What batch invariance found of outputs that are not floating point; empty if there are none."""
+    share = invariance.get("lowest_agreement")
+    return "" if share is None else f"; of outputs of other types at least {share:.2%} of the values agree"
 
 
 def _export(report: Report) -> str:

@@ -46,6 +46,7 @@ class BatchInvariance(TypedDict):
     reason: NotRequired[str]
     batch: NotRequired[int]
     worst_relative_error: NotRequired[float | None]
+    lowest_agreement: NotRequired[float]
     failures: NotRequired[list[str]]
 
 

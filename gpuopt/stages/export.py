@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from gpuopt import interface, onnx_model, reference, user_code
@@ -107,6 +108,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
                 f"Check --input names, shapes and dtypes; forward takes {takes}."
                 + ("" if feeds else f"\n{_GENERATED}"),
             ) from error
+    warnings.extend(_without_numbers(stored, not feeds))
     warnings.extend(_entangled(stored))
     folder = context.made("onnx")
     attempts = []
@@ -154,11 +156,45 @@ def _store_first_layers(loaded: Any, feed: reference.Feed, folder: Path) -> None
         first_layers.save(folder, first_convs(loaded, feed))
 
 
+def _without_numbers(stored: Reference, generated: bool) -> list[str]:
+    """Outputs in which the original model itself gives NaN, with which nothing can be compared.
+
+    Args:
+        generated: whether the inputs were.
+
+    Raises:
+        ModelError: an output has no finite value.
+    """
+    partly: dict[str, str] = {}
+    for corner in stored.corners:
+        for name, value in stored.expected(corner).items():
+            if value.dtype.kind != "f" or not value.size:
+                continue
+            if not np.isfinite(value).any():
+                what = "NaN" if np.isnan(value).any() else "infinity"
+                raise ModelError(
+                    f"the original model gives nothing but {what} in output '{name}' at {corner.name}: "
+                    "no engine can be compared with that",
+                    _GENERATED if generated else "Look at its weights, and at the calibration data that it was fed.",
+                )
+            share = float(np.mean(np.isnan(value)))
+            if share:
+                partly.setdefault(name, f"in {share:.1%} of output '{name}' at {corner.name}")
+    return [f"the original model gives NaN {where}: the other values alone are compared" for where in partly.values()]
+
+
 def _entangled(stored: Reference) -> list[str]:
     """Outputs whose rows depend on the other rows of the batch in the original model itself."""
-    if reference.largest_batch(stored.corners, stored.profiles) is None:
+    largest = reference.largest_batch(stored.corners, stored.profiles)
+    if largest is None:
         return []
     names = [s.name for s in stored.outputs if s.shape[:1] == ("batch",) and s.name not in stored.batched_outputs]
+    if reference.with_distinct_rows(stored.feed(next(c for c in stored.corners if c.name == largest))) is None:
+        return [
+            f"all reference inputs are one row, which cannot show whether '{name}' of a sample depends on the others "
+            "of its batch: give calibration data of several samples"
+            for name in names
+        ]
     return [f"in {stored.origin}, '{name}' of a sample depends on the other samples of its batch" for name in names]
 
 
@@ -330,6 +366,7 @@ def _adopt_onnx(context: StageContext, feeds: Sequence[reference.Feed]) -> Stage
     )
     if original is not None:
         warnings.extend(_check_conversion(original, path, stored, source))
+    warnings.extend(_without_numbers(stored, not feeds))
     first_layers.save(stored.folder, first_layers.of_graph(model))
     facts = {
         "model_kind": ModelKind.ONNX.value,

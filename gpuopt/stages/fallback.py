@@ -43,8 +43,12 @@ def run(context: StageContext) -> StageOutcome:
         )
         return Trial(fallen, value, held)
 
+    ranking = [layer.node for layer in found.layers]
+    # A residual does not stay alone behind its convolution, and the search is to leave something in INT8.
+    while len(ranking) > 1 and not subject.left_without(ranking[:-1]):
+        ranking.pop()
     trials = budget.search(
-        [layer.node for layer in found.layers],
+        ranking,
         evaluate,
         work,
         {layer.node: math.inf if layer.cost is None else layer.cost for layer in found.layers},

@@ -95,7 +95,7 @@ def check(
             if found := problem(figures, limits):
                 failures.append(f"{graph}, output '{figures['output']}' at {figures['corner']}: {found}")
         if settings.batch_invariance:
-            invariance[graph] = batch_invariance(session, stored, tolerance)
+            invariance[graph] = batch_invariance(session, stored, tolerance, limits.min_agreement)
             failures += [f"{graph}, {failure}" for failure in invariance[graph].get("failures", [])]
     return {
         "runtime": "onnxruntime",

@@ -321,6 +321,13 @@ def test_options_of_engines_are_told_where_no_tensorrt_is(here: Path, monkeypatc
     assert "build.require_timing_cache" in options
 
 
+def test_labels_of_random_samples_are_refused(here: Path) -> None:
+    (here / "labels.npy").write_bytes(b"")
+    wanted = {"calibrate.data": None, "calibrate.random": True, "accuracy.labels": "labels.npy"}
+    with pytest.raises(UsageError, match=r"labels 'labels\.npy' for random samples"):
+        check_request(recipe(wanted), builds=False)
+
+
 def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     found = {"onnx": "1.20", "torch": "2.8.0", "tensorrt-rtx-cu13": "1.4", "numpy": "2.0", "tensorrt": None}
     monkeypatch.setattr(environment, "version_of", found.get)

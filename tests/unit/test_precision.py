@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,22 @@ import pytest
 from gpuopt import environment
 from gpuopt.artifact import Artifact
 from gpuopt.bench.measuring import Race
+from gpuopt.cache import Cache
 from gpuopt.environment import Gpu
 from gpuopt.errors import RequirementError
-from gpuopt.precision import fastest, measured_target, race_key, slower_nodes, with_precision
-from gpuopt.recipe import resolve
+from gpuopt.pipeline import Runner
+from gpuopt.precision import (
+    Candidate,
+    Choice,
+    Contest,
+    fastest,
+    measured_target,
+    race_key,
+    slower_nodes,
+    with_precision,
+)
+from gpuopt.progress import Silent
+from gpuopt.recipe import Recipe, resolve
 
 
 def raced(**milliseconds: float) -> Race:
@@ -69,6 +82,31 @@ def test_a_budget_belongs_to_int8_alone() -> None:
     recipe = resolve({"model": {"path": "m.onnx"}, "precision": "auto", "accuracy": {"max_drop": 0.01}})
     assert with_precision(recipe, "fp16").accuracy.max_drop is None
     assert with_precision(recipe, "int8").accuracy.max_drop == 0.01
+
+
+class Decided(Contest):
+    """A race whose candidates need no engines, and whose winner is known."""
+
+    def _made(self, name: str, recipe: Recipe, excluded: tuple[str, ...] = ()) -> Candidate:
+        return Candidate(name, recipe, Runner(recipe, self.cache, self.progress, name), None, excluded)
+
+    def _decide(self, candidates: Mapping[str, Candidate], target: str) -> Choice:
+        return Choice(candidates[self.run_name])
+
+
+@pytest.mark.parametrize(
+    ("winner", "accuracy", "told"),
+    [("fp16", {"max_drop": 0.01}, True), ("int8", {"max_drop": 0.01}, False), ("fp32", {"max_drop": 0.01}, False),
+     ("fp16", {}, False)],
+)  # fmt: skip
+def test_fp16_that_ships_beside_a_budget_is_told(
+    tmp_path: Path, winner: str, accuracy: dict[str, Any], told: bool
+) -> None:
+    tree = {"model": {"path": "m.onnx"}, "precision": "auto", "build": {"target": ["onnxruntime"]}}
+    contest = Decided(resolve({**tree, "accuracy": accuracy}), Cache(tmp_path), Silent(), winner, lambda runner: None)
+    said = contest.choose().out
+    assert len(said) == told
+    assert all("the accuracy budget of 0.01 is INT8's alone" in line for line in said)
 
 
 def test_a_race_is_run_again_where_anything_that_decides_it_changed(

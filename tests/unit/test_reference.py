@@ -175,6 +175,62 @@ def test_a_leak_into_the_last_row_only_is_found_out(tmp_path: Path) -> None:
     assert reference.record(tmp_path, tensors, leaking, feeds_of(tensors), "PyTorch").batched_outputs == ()
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rows_are_told_apart_by_one_sample_and_in_any_unit(tmp_path: Path, scale: float) -> None:
+    def scaled(feed: Mapping[str, Array]) -> list[Array]:
+        return [value * scale if value.dtype.kind == "f" else value for value in model(feed)]
+
+    tensors = interface(*OUTPUTS)
+    one = [{"x": np.array([[1.0, 3.0, 2.0]], np.float32)}]
+    feeds = {c.name: make_feed(c, tensors.inputs, one, {}, 0) for c in corners(tensors.profiles)}
+    assert reference.record(tmp_path, tensors, scaled, feeds, "PyTorch").batched_outputs == ("class", "rowwise")
+
+
+def test_rows_are_made_distinct_within_their_range() -> None:
+    one = {"ids": np.array([[7, 2, 5]] * 3), "x": np.ones((3, 1, 2), np.float32), "mask": np.ones((3, 2), bool)}
+    made = reference.with_distinct_rows(one)
+    assert made is not None
+    assert made["ids"].tolist() == [[7, 2, 5], [5, 7, 2], [2, 5, 7]]
+    assert made["x"][:, 0, 0].tolist() == pytest.approx([1, 5 / 6, 2 / 3])
+    assert made["mask"].all()
+    assert {n: v.dtype for n, v in made.items()} == {n: v.dtype for n, v in one.items()}
+    other = {"ids": one["ids"], "x": np.arange(3.0)}
+    assert reference.with_distinct_rows(other) is other
+
+
+@pytest.mark.parametrize("rows", [np.zeros((4, 3), np.float32), np.full((4, 3), 5), np.ones((4,), bool)])
+def test_rows_that_cannot_be_made_distinct_show_no_independence(tmp_path: Path, rows: Array) -> None:
+    assert reference.with_distinct_rows({"x": rows}) is None
+    tensors = interface("y")
+    feeds = {c.name: {"x": rows[: c.shapes["x"][0]]} for c in corners(tensors.profiles)}
+    assert reference.record(tmp_path, tensors, lambda f: [f["x"] * 2], feeds, "ONNX").batched_outputs == ()
+
+
+def test_a_model_that_refuses_other_values_shows_no_independence(tmp_path: Path) -> None:
+    def picky(feed: Mapping[str, Array]) -> list[Array]:
+        if not (feed["x"] == 1).all():
+            raise ValueError("ones only")
+        return [feed["x"]]
+
+    tensors = interface("y")
+    feeds = {c.name: {"x": np.ones(c.shapes["x"], np.float32)} for c in corners(tensors.profiles)}
+    assert reference.record(tmp_path, tensors, picky, feeds, "PyTorch").batched_outputs == ()
+
+
+def test_infinite_outputs_and_a_label_that_flips_are_no_dependence(tmp_path: Path) -> None:
+    def masked(feed: Mapping[str, Array]) -> list[Array]:
+        x = feed["x"]
+        labels = np.tile(np.arange(1000) % 5, (len(x), 1))
+        labels[:, 0] = len(x)
+        return [np.where(x > 0, x, -np.inf), labels]
+
+    tensors = interface("logits", "labels")
+    assert reference.record(tmp_path, tensors, masked, feeds_of(tensors), "ONNX").batched_outputs == (
+        "labels",
+        "logits",
+    )
+
+
 @pytest.mark.parametrize(("low", "high"), [(4, 4), (1, 1), (2, 4)])
 def test_without_a_batch_from_one_up_no_output_is_batched(tmp_path: Path, low: int, high: int) -> None:
     tensors = interface(*OUTPUTS, low=low, high=high)
@@ -190,6 +246,15 @@ def test_the_largest_batch_is_that_of_all_inputs() -> None:
     assert reference.largest_batch(corners([fixed]), [fixed]) is None
     scalar = {**profile, "b": ShapeRange((), (), ())}
     assert reference.largest_batch(corners([scalar]), [scalar]) is None
+
+
+def test_the_largest_batch_has_rows_that_a_profile_takes_alone() -> None:
+    small, large = {"x": ShapeRange((1, 8), (2, 8), (4, 8))}, {"x": ShapeRange((8, 16), (8, 16), (8, 16))}
+    points = corners([small, large])
+    assert reference.largest_batch(points, [small, large]) == "profile0-max"
+    wide = {"x": ShapeRange((1, 16), (1, 16), (1, 16))}
+    points = corners([small, large, wide])
+    assert reference.largest_batch(points, [small, large, wide]) == "profile1-min"
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, [0]), (2, [0, 1]), (9, [0, 8])])

@@ -151,6 +151,11 @@ class ImageFolder(FolderReader):
                 # What is no readable EXIF says nothing about the rotation, and viewers ignore it too.
                 with contextlib.suppress(Exception):
                     self._pillow_ops.exif_transpose(opened, in_place=True)
+                if opened.mode[0] in "IF":
+                    # What does not fit into 8 bits would be cut off at 255.
+                    raise ValueError(
+                        f"its pixels (mode {opened.mode} of Pillow) are not 8 bits: save it with 8 bits, or give a .npz"
+                    )
                 picture = opened.convert("L" if options.color == "gray" else "RGB")
         except Exception as error:
             # Decoders fail on damaged bytes with whatever the format's parser happens to raise.

@@ -563,6 +563,14 @@ def test_image_errors(tmp_path):
     assert "is a single image" in refusal(DataError, tmp_path / "a.png", [PICTURE])
 
 
+@pytest.mark.parametrize("color", ["gray", "rgb"])
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path, color):
+    Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "a.png")
+    text = refusal(DataError, tmp_path, [PICTURE], ImageOptions(color=color))
+    assert f"image {tmp_path / 'a.png'} cannot be read" in text
+    assert "are not 8 bits: save it with 8 bits, or give a .npz" in text
+
+
 def half_red(path: Path, exif: bytes) -> None:
     """16x8, red on the left, black on the right."""
     picture = Image.new("RGB", (16, 8))

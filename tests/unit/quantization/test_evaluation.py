@@ -118,6 +118,23 @@ def test_samples_may_be_batches(tmp_path: Path) -> None:
     assert score(chosen, OTHER).value == np.mean((X @ OTHER).argmax(1)[picked] == LABELS[picked])
 
 
+@pytest.mark.parametrize(("count", "accepted"), [(8, True), (9, False), (10, True), (11, False)])
+def test_labels_of_rows_that_fill_no_batch_are_left_out(tmp_path: Path, count: int, accepted: bool) -> None:
+    np.save(tmp_path / "labels.npy", np.resize(LABELS, count))
+    chosen = context(tmp_path, labels=str(tmp_path / "labels.npy"))
+    inputs = [TensorSpec("x", "float32", (4, FEATURES))]
+
+    def found() -> list[int]:
+        taken = evaluation._labels(chosen.recipe.accuracy, chosen, inputs, [4, 4])
+        return [int(label) for label in taken]
+
+    if accepted:
+        assert found() == LABELS[:8].tolist()
+    else:
+        with pytest.raises(DataError, match=f"{count} labels for 8 evaluation samples"):
+            found()
+
+
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
     name = f"metric_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(f"import numpy as np\ndef metric(predictions, labels):\n    {code}\n")

@@ -166,6 +166,29 @@ def test_scales_that_reach_q_and_dq_through_constant_nodes_are_found() -> None:
     assert run(adopted.model).tobytes() == wanted.tobytes()
 
 
+def test_biases_of_an_fp16_model_stay_finite() -> None:
+    """Integers above FP16's largest number, 65504, whose product with the scale is small."""
+    values = {
+        "xs": np.float16(0.02), "z": np.int8(0), "wq": CODES[:16, :, 0, 0].astype(np.int8), "ws": np.float16(0.01),
+        "bq": np.full(16, 100_000, np.int32), "bs": np.float16(0.0002),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "z"], ["xq"], name="Qx"),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "z"], ["xd"], name="DQx"),
+        helper.make_node("DequantizeLinear", ["wq", "ws", "z"], ["wd"], name="DQw"),
+        helper.make_node("DequantizeLinear", ["bq", "bs"], ["b"], name="DQb"),
+        helper.make_node("Gemm", ["xd", "wd", "b"], ["y"], name="gemm"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, 16]) for name in "xy"]
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    adopted = existing.adopt(model, fp16=True)
+    (bias,) = [numpy_helper.to_array(t) for t in adopted.model.graph.initializer if t.name == "b"]
+    assert bias.dtype == np.float16
+    assert bias.tolist() == pytest.approx([20] * 16, rel=1e-3)
+
+
 def test_weights_keep_their_codes_when_scales_are_rounded_for_fp16() -> None:
     model = Graph().model()
     graphs = qdq.finished(existing.adopt(model, fp16=True).model, True, True)

@@ -206,6 +206,14 @@ def test_the_rendering_is_the_golden_one(name: str, form: str, request: pytest.F
     assert shown == golden.read_text()
 
 
+def test_agreement_within_a_batch_is_told_where_outputs_are_no_floats() -> None:
+    report = passing()
+    assert report.verification is not None
+    report.verification["batch_invariance"]["model.onnx"]["lowest_agreement"] = 0.9991
+    told = "differ by at most 1.5e-07 (relative); of outputs of other types at least 99.91% of the values agree."
+    assert told in markdown.render(report)
+
+
 def test_a_report_survives_json() -> None:
     assert Report.model_validate_json(passing().model_dump_json()) == passing()
 

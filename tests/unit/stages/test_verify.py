@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gpuopt import recipe, reference
 from gpuopt.artifact import Artifact
-from gpuopt.comparison import compare
+from gpuopt.comparison import batch_invariance, compare
 from gpuopt.progress import Silent
 from gpuopt.recipe import VerifySection
 from gpuopt.reference import Interface, Reference
@@ -141,11 +141,11 @@ def centred(feed: Mapping[str, Any]) -> Sequence[Any]:
     return [feed["x"] - feed["x"].mean(axis=0, keepdims=True)]
 
 
-def stored(folder: Path, model: Model = doubled, low: int = 1) -> Reference:
+def stored(folder: Path, model: Model = doubled, low: int = 1, samples: Sequence[Mapping[str, Any]] = ()) -> Reference:
     folder.mkdir()
     profile = {"x": ShapeRange((low, 3), (max(low, 2), 3), (4, 3))}
     tensors = Interface(INPUTS, ("y",), (profile,))
-    feeds = {c.name: reference.make_feed(c, INPUTS, [], {}, i) for i, c in enumerate(corners([profile]))}
+    feeds = {c.name: reference.make_feed(c, INPUTS, samples, {}, i) for i, c in enumerate(corners([profile]))}
     return reference.record(folder, tensors, model, feeds, "PyTorch")
 
 
@@ -287,6 +287,70 @@ def test_invariance_is_checked_only_where_it_can_be(tmp_path: Path) -> None:
     assert mixing["passed"]
     assert mixing["batch_invariance"]["model.onnx"]["checked"] is False
     assert "in PyTorch too" in mixing["batch_invariance"]["model.onnx"]["reason"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_one_sample_alone_shows_whether_rows_leak(tmp_path: Path, share: float) -> None:
+    found = stored(tmp_path / "stored", samples=[{"x": np.array([[1, 2, 3]], np.float32)}])
+    graphs = {"model.onnx": leaking(tmp_path / "m.onnx", share)}
+    result = check(graphs, found, VerifySection(min_cosine=0.9, min_sqnr_db=0), "fp16")
+    assert result["batch_invariance"]["model.onnx"]["checked"]
+    assert result["passed"] is (share == 0)
+
+
+def test_one_sample_of_zeros_shows_nothing(tmp_path: Path) -> None:
+    found = stored(tmp_path / "stored", samples=[{"x": np.zeros((1, 3), np.float32)}])
+    result = check({"model.onnx": leaking(tmp_path / "m.onnx", 0.05)}, found, VerifySection(), "fp16")
+    assert result["batch_invariance"]["model.onnx"] == {
+        "checked": False,
+        "reason": "all rows of the reference inputs are the same one",
+    }
+
+
+class Answers:
+    """A session whose outputs depend on the batch as the function says."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(zip("y", self._model(feed), strict=True))
+
+
+def masked(feed: Mapping[str, Any]) -> Sequence[Any]:
+    return [np.where(feed["x"] > 0, feed["x"], -np.inf)]
+
+
+def labels(feed: Mapping[str, Any]) -> Sequence[Any]:
+    return [np.tile(np.arange(1000) % 5, (len(feed["x"]), 1))]
+
+
+def test_infinity_in_equal_places_is_invariant(tmp_path: Path) -> None:
+    found = stored(tmp_path / "stored", masked)
+    assert found.batched_outputs == ("y",)
+    result = batch_invariance(Answers(masked), found, 1e-4, 0.99)
+    assert (result["worst_relative_error"], result["failures"]) == (0.0, [])
+
+    def moving(feed: Mapping[str, Any]) -> Sequence[Any]:
+        return [np.where(feed["x"] > (0 if len(feed["x"]) > 1 else 9), feed["x"], -np.inf)]
+
+    result = batch_invariance(Answers(moving), found, 1e-4, 0.99)
+    assert result["worst_relative_error"] == math.inf
+    assert result["failures"]
+
+
+@pytest.mark.parametrize(("flipped", "failures"), [(1, 0), (20, 2)])
+def test_labels_that_flip_with_the_batch_are_judged_by_their_share(tmp_path: Path, flipped: int, failures: int) -> None:
+    def flipping(feed: Mapping[str, Any]) -> Sequence[Any]:
+        (found,) = labels(feed)
+        found[:, :flipped] += len(feed["x"]) > 1
+        return [found]
+
+    result = batch_invariance(Answers(flipping), stored(tmp_path / "stored", labels), 1e-4, 0.99)
+    assert result["lowest_agreement"] == 1 - flipped / 1000
+    assert result["worst_relative_error"] == 0
+    assert len(result["failures"]) == failures
+    assert all("has only 98.0% of the values of the row alone" in failure for failure in result["failures"])
 
 
 def test_the_stage_writes_what_it_tells(tmp_path: Path) -> None:
