@@ -680,6 +680,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
+        UsageError: an option that the TensorRT here does not have.
         DataError: INT8 without data or ranges, or with ranges that cannot be read; evaluation data or labels that are
             not there.
         StorageError: the model file is not there.
@@ -689,6 +690,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
     if builds and recipe.build.enabled:
         environment.check_targets(recipe.build.target)
         _check_native(recipe)
+        check_build_options(recipe)
     environment.require("onnxruntime", "verifying what was built")
     kind = ModelKind.FACTORY
     if recipe.model.path:
@@ -721,6 +723,20 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
             "--calibration-data package.module:callable; or --calibration-ranges FILE. (--random-calibration: smoke "
             "tests only.)",
         )
+
+
+def check_build_options(recipe: Recipe) -> None:
+    """Refuse options that the libraries here do not have, also where an engine that was built without lies in the cache.
+
+    Raises:
+        UsageError: names the option and the release that has it.
+    """
+    from gpuopt.backends.tensorrt import limits
+    from gpuopt.stages.build import asked_options
+
+    for target in recipe.build.target:
+        if target != "onnxruntime" and (version := environment.library_version(target)):
+            limits.check(target, version, asked_options(recipe))
 
 
 def _check_native(recipe: Recipe) -> None:

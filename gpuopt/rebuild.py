@@ -29,7 +29,7 @@ from gpuopt.compile import (
     verdict,
 )
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
+from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_build_options, check_provable, graph_mismatch
 from gpuopt.precision import OUT_OF_THE_RACE
 from gpuopt.progress import Progress
 from gpuopt.provenance.origin import (
@@ -83,6 +83,7 @@ def build_bundle(
     recipe = _recipe(folder, target, settings)
     engine = recipe.build.target[0]
     environment.check_targets([engine])
+    check_build_options(recipe)
     if recipe.gates.mode == "fail":
         check_provable(recipe)
     measures_formats = io_formats.asks_for_the_fastest(recipe)

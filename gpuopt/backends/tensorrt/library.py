@@ -35,7 +35,12 @@ def import_module(target: str) -> ModuleType:
 
 def version(module: ModuleType) -> tuple[int, int]:
     """Major and minor version of TensorRT or TensorRT-RTX."""
-    major, minor = str(module.__version__).split(".")[:2]
+    return release(str(module.__version__))
+
+
+def release(stated: str) -> tuple[int, int]:
+    """Major and minor version of a stated one, as `8.5.3.1`."""
+    major, minor = stated.split(".")[:2]
     return int(major), int(minor)
 
 
