@@ -118,9 +118,10 @@ def resolve(
             )
         if shapes is None:
             written = f" ({format_shape(model.spec.shape)})" if model else ""
+            sizes = [size if isinstance(size, int) else 1 for size in model.spec.shape] if model else (1, 3, 224, 224)
             raise UsageError(
                 f"the shape of input '{name}'{written} is open",
-                f"Give it: --input {name}:1x3x224x224, or --min-shapes / --opt-shapes / --max-shapes.",
+                f"Give it: --input {name}:{format_shape(sizes)}, or --min-shapes / --opt-shapes / --max-shapes.",
             )
         _check_sample(name, sample.get(name), shapes)
         specs.append(TensorSpec(name, _dtype(section, model, sample.get(name)), shapes.opt))

@@ -51,7 +51,7 @@ class Request:
         subject: an ONNX file, or the folder of a failed compilation.
         recipe: as `recipe_of` gives it.
         against: another ONNX file, or `optimized`; None: look for a failure, not for a difference.
-        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file, `failure` in a failed folder.
+        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file or its bundle, `failure` in a failed one.
     """
 
     subject: Path
@@ -168,7 +168,7 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
         if not asked.subject.is_file():
             raise UsageError(f"{asked.subject} does not exist", "Name an ONNX file or MODEL.gpuopt.failed.")
         folder = None
-        destination = (asked.output or asked.subject.with_name(f"{asked.subject.stem}.failure")).absolute()
+        destination = (asked.output or _beside(asked.subject)).absolute()
     place = destination.resolve()
     inside = folder is not None and place == folder / FOLDER
     if folder is not None and not inside and place.is_relative_to(folder):
@@ -193,6 +193,14 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
             about = {key: document[key] for key in ("gpuopt_version", "created")}
             bundle.write(destination, files, {}, about)
     return Answer(destination, document)
+
+
+def _beside(graph: Path) -> Path:
+    """Where the failure of a graph goes: a bundle holds nothing but what its manifest lists."""
+    from gpuopt.inspection import home
+
+    path = graph.absolute()
+    return (path.parent if home.of_file(path) is not None else path).with_name(f"{graph.stem}.failure")
 
 
 def failed_folder(subject: Path) -> Path:
@@ -231,16 +239,23 @@ def _of_graph(asked: Request, progress: Progress, made: Path) -> dict[str, Any]:
 
 
 def _profile(graph: Path, recipe: Recipe) -> Profile:
+    """The shapes of a graph's inputs: those asked for, else its own, else those that its bundle was compiled for."""
     from gpuopt import interface, onnx_model
+    from gpuopt.inspection import home
     from gpuopt.interface import StatedInput
     from gpuopt.shapes import ShapeRange
 
     model = onnx_model.with_types(onnx_model.load_untrusted(graph))
     stated = []
+    found = home.of_file(graph)
+    compiled_for = found.profiles[0] if found is not None and found.profiles else {}
+    asked = {name for name, section in recipe.inputs.items() if section.range() is not None}
     for spec in onnx_model.input_specs(model):
         fixed = tuple(size for size in spec.shape if isinstance(size, int))
         whole = len(fixed) == len(spec.shape)
-        stated.append(StatedInput(spec, ShapeRange(fixed, fixed, fixed) if whole else None))
+        # What is asked for may go beyond what the bundle was compiled for.
+        known = None if {spec.name, ""} & asked else compiled_for.get(spec.name)
+        stated.append(StatedInput(spec, ShapeRange(fixed, fixed, fixed) if whole else known))
     return interface.resolve(recipe, [one.spec.name for one in stated], stated, []).profiles[0]
 
 

@@ -148,7 +148,7 @@ def test_a_lower_bound_holds_also_where_there_is_no_upper_one() -> None:
 def test_an_open_shape_says_how_to_give_it() -> None:
     error = refusal(stated=(OPEN,))
     assert error.message == "the shape of input 'x' (nx3) is open"
-    assert "--input x:" in error.hint
+    assert "--input x:1x3," in error.hint
     assert "is open" in refusal({"y": {"dtype": "int64"}}).message
 
 

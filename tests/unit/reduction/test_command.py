@@ -24,6 +24,7 @@ from gpuopt.reduction.reproduction import Wish
 from gpuopt.reduction.subgraph import Pieces
 from gpuopt.request import Flags
 from gpuopt.shapes import ShapeRange
+from tests.unit.inspection import bundles
 
 PROFILE = {"x": ShapeRange((2, 8), (2, 8), (2, 8))}
 
@@ -202,3 +203,16 @@ def test_a_failure_that_cannot_be_reduced_is_kept_as_log_and_versions(tmp_path: 
         assert time_limit.ends() is None
     assert document["error"]["message"] == caught.value.message
     assert document["why_no_graph"].startswith("the failure could not be reduced")
+
+
+def test_a_graph_of_a_bundle_has_the_shapes_it_was_compiled_for(tmp_path: Path) -> None:
+    graph = bundles.make(tmp_path / "a.gpuopt") / "model.onnx"
+    found = command._profile(graph, command.recipe_of(graph, Flags(), ()))
+    assert found == {"x": ShapeRange((1, 16, 8, 8), (4, 16, 8, 8), (8, 16, 8, 8))}
+    asked = command._profile(graph, command.recipe_of(graph, Flags(inputs=("x:64x16x8x8",)), ()))
+    assert asked["x"].max == (64, 16, 8, 8)
+    assert command._beside(graph) == tmp_path / "model.failure"
+    alone = shutil.copy(graph, tmp_path / "alone.onnx")
+    with pytest.raises(UsageError, match="is open") as caught:
+        command._profile(Path(alone), command.recipe_of(Path(alone), Flags(), ()))
+    assert "--input x:1x16x8x8" in caught.value.hint
