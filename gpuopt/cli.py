@@ -671,7 +671,9 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
     target: Annotated[
         TargetChoice | None,
-        typer.Option("--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX]"),
+        typer.Option(
+            "--target", "-t", metavar="<tensorrt-rtx|tensorrt>", help="[default: TensorRT with a GPU, else TensorRT-RTX]"
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -82,7 +82,7 @@ def build_bundle(
     before = read_report(folder / bundle.REPORT_FILE)
     recipe = _recipe(folder, target, settings)
     engine = recipe.build.target[0]
-    environment.check_targets([engine])
+    environment.check_targets([engine], instead=tuple(environment.ENGINE_PACKAGES))
     check_build_options(recipe)
     if recipe.gates.mode == "fail":
         check_provable(recipe)
@@ -189,6 +189,12 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
         raise UsageError(
             f"the bundle's recipe names plugin libraries, whose code would run: {named}",
             "If you trust them, name them again: --set 'build.plugins=[FILE, ...]'.",
+        )
+    if target == "onnxruntime":
+        raise UsageError(
+            "'gpuopt build' makes engines of tensorrt and tensorrt-rtx: what ONNX Runtime runs, model.onnx, is in the "
+            "bundle already",
+            "Give --target tensorrt or tensorrt-rtx, or leave it out.",
         )
     engine = target or environment.default_targets()[0]
     if engine == "onnxruntime":
