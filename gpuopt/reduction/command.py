@@ -34,6 +34,7 @@ from gpuopt.reduction import reproduction
 from gpuopt.reduction.attempts import BY_PIPELINE, Check
 from gpuopt.reduction.reproduction import Wish
 from gpuopt.shapes import Profile
+from gpuopt.storage import check_exists
 from gpuopt.tolerance import Limits
 
 FOLDER = "failure"
@@ -73,11 +74,13 @@ def wish(seconds: float, keep_weights: bool, against: str | None, min_cosine: fl
     """The flags of `gpuopt reduce` as a wish.
 
     Raises:
-        UsageError: the other graph does not exist.
+        StorageError: the other graph is not there.
+        UsageError: it is a folder.
     """
     other = None if against in (None, "optimized") else Path(str(against))
     if other is not None and not other.is_file():
-        raise UsageError(f"{other} does not exist", "Give --against another ONNX file, or 'optimized'.")
+        check_exists(other)
+        raise UsageError(f"{other} is not a file", "Give --against another ONNX file, or 'optimized'.")
     return Wish(seconds, keep_weights, other, Limits(min_cosine, min_sqnr, min_agreement=0.9))
 
 
@@ -165,8 +168,7 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
         folder = failed_folder(asked.subject)
         destination = (asked.output or folder / FOLDER).absolute()
     else:
-        if not asked.subject.is_file():
-            raise UsageError(f"{asked.subject} does not exist", "Name an ONNX file or MODEL.gpuopt.failed.")
+        check_exists(asked.subject)
         folder = None
         destination = (asked.output or _beside(asked.subject)).absolute()
     place = destination.resolve()
