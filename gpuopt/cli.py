@@ -323,7 +323,7 @@ def compile(  # noqa: A001 - the command's name
         typer.Option(
             "--max-accuracy-drop",
             metavar="SHARE",
-            help="0.5% or 0.005: nodes fall back to FP16 until the metric holds it.",
+            help="0.5% or 0.005 (0.5 is 50%): nodes fall back to FP16 until the metric holds it.",
         ),
     ] = None,
     metric: Annotated[

@@ -54,7 +54,7 @@ def render(report: Report, folder: str) -> str:
         built = report.facts("confirm").get("value", budget["final"])
         lines.append(
             f"budget       {budget['metric']} {built:.6g} (FP32 {budget['fp32']:.6g}, "
-            f"all INT8 {budget['int8']:.6g}); {fell}"
+            f"all INT8 {budget['int8']:.6g}), limit {_drop(budget['max_drop'])}; {fell}"
         )
     if report.verification:
         cosines = [row["cosine"] for row in report.verification["outputs"] if row["cosine"] is not None]
@@ -78,6 +78,11 @@ def render(report: Report, folder: str) -> str:
     if report.facts("export"):
         lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)
+
+
+def _drop(limit: float) -> str:
+    """An accuracy budget in both ways of writing it; metrics of the user's own may have one above 100%."""
+    return f"{limit:g} ({limit * 100:g}%)" if limit <= 1 else f"{limit:g}"
 
 
 def _proof(target: str, proof: Mapping[str, Any]) -> str:
