@@ -204,9 +204,11 @@ def compile_model(
             if not any(result.step.stage.name == "benchmark" for result in runner.results):
                 runner.run(only=("benchmark",))
         if runner is not None and runner.at_work is None and (choice is None or choice.winner is not None):
-            judged.extend(gates.evaluate(finished(error), recipe))
+            made = finished(error)
+            judged.extend(gates.evaluate(made, recipe))
             before = error
             error, said = gates.settle(judged, recipe.gates.mode, before)
+            said += gates.stand_ins(made, recipe)
             at_gates = "gates" if error is not before else None
             for line in said:
                 progress.warn(line)

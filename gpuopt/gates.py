@@ -16,6 +16,8 @@ from gpuopt.tolerance import DROP_ROUNDING, has_ratio
 
 Sense = Literal["at least", "at most"]
 
+ON_THE_CPU = "no engine runs here: latency and throughput are those of model.onnx in ONNX Runtime on the CPU"
+"""What is said where speed gates of engines are judged by what stands in for them."""
 _NOT_MEASURED = "speed was not measured: --benchmark"
 _ERRORS: Mapping[str, type[GpuoptError]] = {
     "accuracy_drop": AccuracyError,
@@ -98,6 +100,14 @@ def _not_compared(recipe: Recipe) -> Iterator[GateReport]:
         yield _unknown("cosine", "", recipe.verify.min_cosine, "at least", "", reason)
     if recipe.verify.min_sqnr_db is not None:
         yield _unknown("sqnr_db", "", recipe.verify.min_sqnr_db, "at least", "dB", reason)
+
+
+def stand_ins(report: Report, recipe: Recipe) -> list[str]:
+    """What is to be said of speed gates that were judged by another file than the engines that were asked for."""
+    judged = bool(recipe.gates.max_latency_ms) or recipe.gates.min_throughput is not None
+    wants_engine = any(target != "onnxruntime" for target in recipe.build.target)
+    measured = {one.target for one in report.benchmarks}
+    return [ON_THE_CPU] if judged and wants_engine and measured == {"onnxruntime"} else []
 
 
 def first_failure(gates: Sequence[GateReport]) -> GpuoptError | None:

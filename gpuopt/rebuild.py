@@ -121,7 +121,7 @@ def build_bundle(
         old = [s for s in before.stages if s.name in _STAGES and s.target == engine]
         kept = [stage for stage in before.stages if stage not in old]
         outdated = {w for stage in old for w in stage.warnings} - {w for stage in kept for w in stage.warnings}
-        outdated |= {NO_ENGINE, NOT_INT8_YET, *(f"gate {gates.describe(gate)}" for gate in before.gates)}
+        outdated |= {NO_ENGINE, NOT_INT8_YET, gates.ON_THE_CPU, *(f"gate {gates.describe(gate)}" for gate in before.gates)}
         report = before.model_copy(
             update={
                 "command": list(command),
@@ -150,6 +150,7 @@ def build_bundle(
             # FP16 is timed beside INT8 by `gpuopt compile` alone.
             found, before_gates = [g for g in gates.evaluate(report, recipe) if g.name != "latency_vs_fp16"], error
             error, said = gates.settle(found, recipe.gates.mode, before_gates)
+            said += gates.stand_ins(report, recipe)
             for line in said:
                 progress.warn(line)
             report = report.model_copy(

@@ -207,3 +207,15 @@ def test_calibration_warnings_are_findings_about_the_data() -> None:
     )
     (unseen,) = by_name(gated(native, stages=[]))["calibration_warnings"]
     assert unseen.verdict == "unknown"
+
+
+def test_a_gate_of_an_engines_speed_says_when_the_cpu_stands_in() -> None:
+    limits: dict[str, Any] = {"gates__max_latency_ms": {"p99": 100}}
+    asked = recipe(**limits, build__target=["tensorrt-rtx", "onnxruntime"])
+    report = gated(asked)
+    assert by_name(report)["latency_p99_ms"][0].where == "batch 8, CPU, Example 9000"
+    assert gates.stand_ins(report, asked) == [gates.ON_THE_CPU]
+    assert gates.stand_ins(report, recipe(**limits)) == []
+    assert gates.stand_ins(report, recipe(build__target=["tensorrt-rtx", "onnxruntime"])) == []
+    engine = benchmark(target="tensorrt-rtx", file="model.tensorrt-rtx.engine")
+    assert gates.stand_ins(gated(asked, benchmarks=[engine]), asked) == []
