@@ -672,7 +672,10 @@ def build(
     target: Annotated[
         TargetChoice | None,
         typer.Option(
-            "--target", "-t", metavar="<tensorrt-rtx|tensorrt>", help="[default: TensorRT with a GPU, else TensorRT-RTX]"
+            "--target",
+            "-t",
+            metavar="<tensorrt-rtx|tensorrt>",
+            help="[default: TensorRT with a GPU, else TensorRT-RTX]",
         ),
     ] = None,
     settings: Annotated[
@@ -1362,8 +1365,8 @@ def _shown(folder: Path) -> str:
 def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:
     from gpuopt.report import terminal
 
-    folder = Path(outcome.report.bundle)
-    shown = _shown(folder)
+    folder = Path(outcome.report.bundle) if outcome.report.bundle is not None else None
+    shown = _shown(folder) if folder is not None else ""
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:
@@ -1371,7 +1374,7 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
     elif outcome.error is None and not quiet:
         typer.echo(terminal.render(outcome.report, shown))
     if outcome.error is not None:
-        if not quiet and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
+        if not quiet and folder and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
             typer.echo(f"report: {shown}/report.md", err=True)
         raise outcome.error
 

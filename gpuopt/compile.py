@@ -231,6 +231,7 @@ def compile_model(
             report = finished(error)
         else:
             progress.warn(f"the report was not written: {failure.message}")
+        report = report.model_copy(update={"bundle": None})
     return Outcome(report, error)
 
 
@@ -399,6 +400,8 @@ def _report(
     recipe: Recipe, runner: Runner | None, error: GpuoptError | None, command: Sequence[str], seconds: float
 ) -> Report:
     results = runner.results if runner else []
+    # Before the first stage there is nothing to report beside the error.
+    written = bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe)) if runner else None
     at_work = runner.at_work.label if runner and runner.at_work else None
     if at_work is None and isinstance(error, (AccuracyError, PrecisionError)):
         at_work = "verify"
@@ -424,7 +427,7 @@ def _report(
             sha256=digest,
         ),
         precision=recipe.precision,
-        bundle=str(bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe))),
+        bundle=str(written) if written is not None else None,
         stages=stage_reports(runner) if runner else [],
         engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,

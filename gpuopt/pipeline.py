@@ -726,7 +726,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
 
 def check_build_options(recipe: Recipe) -> None:
-    """Refuse options that the libraries here do not have, also where an engine that was built without lies in the cache.
+    """Refuse options that the libraries here lack, also where an engine that was built without them is in the cache.
 
     Raises:
         UsageError: names the option and the release that has it.

@@ -29,7 +29,14 @@ from gpuopt.compile import (
     verdict,
 )
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_build_options, check_provable, graph_mismatch
+from gpuopt.pipeline import (
+    FIRST_STRONGLY_TYPED,
+    LEGACY_OPSET,
+    Runner,
+    check_build_options,
+    check_provable,
+    graph_mismatch,
+)
 from gpuopt.precision import OUT_OF_THE_RACE
 from gpuopt.progress import Progress
 from gpuopt.provenance.origin import (
@@ -121,7 +128,12 @@ def build_bundle(
         old = [s for s in before.stages if s.name in _STAGES and s.target == engine]
         kept = [stage for stage in before.stages if stage not in old]
         outdated = {w for stage in old for w in stage.warnings} - {w for stage in kept for w in stage.warnings}
-        outdated |= {NO_ENGINE, NOT_INT8_YET, gates.ON_THE_CPU, *(f"gate {gates.describe(gate)}" for gate in before.gates)}
+        outdated |= {
+            NO_ENGINE,
+            NOT_INT8_YET,
+            gates.ON_THE_CPU,
+            *(f"gate {gates.describe(gate)}" for gate in before.gates),
+        }
         report = before.model_copy(
             update={
                 "command": list(command),

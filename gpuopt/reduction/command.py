@@ -52,7 +52,8 @@ class Request:
         subject: an ONNX file, or the folder of a failed compilation.
         recipe: as `recipe_of` gives it.
         against: another ONNX file, or `optimized`; None: look for a failure, not for a difference.
-        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file or its bundle, `failure` in a failed one.
+        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file or its bundle, `failure` in a failed
+            folder.
     """
 
     subject: Path

@@ -660,7 +660,7 @@ def _provenance(report: Report) -> Section | None:
         ("kind", report.model.kind or "not known"),
         ("SHA-256 of the model", code(report.model.sha256 or "from a factory")),
         ("precision", report.precision),
-        ("bundle", code(report.bundle)),
+        ("bundle", code(report.bundle or "none")),
         ("command", code(" ".join(report.command))),
         ("made", f"{report.created}, {report.seconds:.1f} s"),
         ("gpuopt", report.gpuopt_version),
