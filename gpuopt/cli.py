@@ -494,7 +494,7 @@ def compile(  # noqa: A001 - the command's name
         return
     from gpuopt.compile import compile_model
 
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -573,7 +573,7 @@ def quantize(
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
     if as_json:
         import json
@@ -660,7 +660,7 @@ def analyze(
     )
     if plot is not None:
         drawing.check(plot, plotting.SUFFIXES)
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
@@ -696,7 +696,7 @@ def build(
     from gpuopt import request, time_limit
     from gpuopt.rebuild import build_bundle
 
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 

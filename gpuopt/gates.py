@@ -47,6 +47,7 @@ _HINTS: Mapping[type[GpuoptError], str] = {
     ResourceError: "Raise the limit, or choose a smaller precision, batch or --optimization-level.",
     DataError: "The report lists the findings; look at the calibration data.",
 }
+_UNKNOWN_HINT = "A value that is not known does not pass: run it where the engine is built and runs, or drop the gate."
 
 
 def evaluate(report: Report, recipe: Recipe) -> list[GateReport]:
@@ -117,7 +118,8 @@ def first_failure(gates: Sequence[GateReport]) -> GpuoptError | None:
         return None
     kind = _ERRORS[failed[0].name]
     more = f" (and {len(failed) - 1} more gates)" if len(failed) > 1 else ""
-    return kind(f"gate {describe(failed[0])}{more}", _HINTS[kind])
+    hint = _UNKNOWN_HINT if failed[0].verdict == "unknown" else _HINTS[kind]
+    return kind(f"gate {describe(failed[0])}{more}", hint)
 
 
 def settle(

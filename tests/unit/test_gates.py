@@ -74,6 +74,7 @@ def test_what_is_not_known_does_not_pass(key: str, limit: Any, name: str, reason
     error = gates.first_failure(report.gates)
     assert error is not None
     assert reason in error.message
+    assert "run it where the engine is built and runs, or drop the gate" in error.hint
     assert error.exit_code == gate.exit_code
 
 
