@@ -1372,7 +1372,7 @@ def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None
     if as_json:
         _answer(outcome.report.model_dump_json(indent=2))
     elif outcome.error is None and not quiet:
-        typer.echo(terminal.render(outcome.report, shown))
+        typer.echo(terminal.render(outcome.report, shown, outcome.unbuilt))
     if outcome.error is not None:
         if not quiet and folder and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
             typer.echo(f"report: {shown}/report.md", err=True)

@@ -60,10 +60,16 @@ from gpuopt.storage import sha256_file
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends in; `error` is None if it passed."""
+    """What a run ends in.
+
+    Attributes:
+        error: None if it passed.
+        unbuilt: the bundle's graph that engines are still to be built from; empty: none are.
+    """
 
     report: Report
     error: GpuoptError | None
+    unbuilt: str = ""
 
 
 def bundle_folder(recipe: Recipe) -> Path:
@@ -232,7 +238,10 @@ def compile_model(
         else:
             progress.warn(f"the report was not written: {failure.message}")
         report = report.model_copy(update={"bundle": None})
-    return Outcome(report, error)
+    unbuilt = ""
+    if runner is not None and builds_engine(recipe) and not recipe.build.enabled:
+        unbuilt = ENGINE_ONNX_FILE if runner.artifact("engine_onnx") else ONNX_FILE
+    return Outcome(report, error, unbuilt)
 
 
 def verify_bundle(

@@ -11,11 +11,12 @@ from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Report
 
 
-def render(report: Report, folder: str) -> str:
+def render(report: Report, folder: str, unbuilt: str = "") -> str:
     """A pure function of the report: what was made, how accurate it is, where it lies.
 
     Args:
         folder: the bundle's folder as the user would write it.
+        unbuilt: the graph that engines are still to be built from; empty: none are.
     """
     lines = []
     for engine in report.engines:
@@ -23,6 +24,8 @@ def render(report: Report, folder: str) -> str:
         lines.append(
             f"{engine.target:<13}{engine.status:<9}{format_bytes(engine.size_bytes):>10}   {engine.file}{note}"
         )
+    if unbuilt:
+        lines.append(f"engine       none yet: 'gpuopt build {folder}' on the GPU's machine makes it from {unbuilt}")
     for engine in report.engines:
         if engine.proof is not None:
             lines.append(_proof(engine.target, engine.proof))
