@@ -12,7 +12,7 @@ from typing import Any, Literal
 from gpuopt.errors import AccuracyError, DataError, GpuoptError, PrecisionError, ResourceError, SpeedError
 from gpuopt.recipe import Recipe
 from gpuopt.report.model import BenchmarkReport, GateReport, Report
-from gpuopt.tolerance import DROP_ROUNDING, has_ratio
+from gpuopt.tolerance import DROP_ROUNDING, has_ratio, written
 
 Sense = Literal["at least", "at most"]
 
@@ -151,7 +151,7 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.1%}"
     if unit == "bytes":
         return _bytes(value)
-    return f"{value:.6g} {unit}" if unit else f"{value:.9g}"
+    return f"{value:.6g} {unit}" if unit else written(value)
 
 
 def _bytes(size: float) -> str:

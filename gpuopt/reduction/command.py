@@ -302,7 +302,7 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
         from gpuopt.compile import failed_folder as of_bundle
 
         replay = reproduction.replay_command(of_bundle(bundle_folder(recipe)) / FOLDER, document)
-        progress.line(f"failure: {told_of(document)}: {replay}")
+        progress.line(f"failure: {told_of(document)}; again: {replay}")
         yield {f"{FOLDER}/{path.name}": path for path in made.iterdir()}
 
 
@@ -339,7 +339,7 @@ def describe(
     check = _check_of(recipe, runner)
     graph, stored = _graph_of(recipe, runner, check.stage)
     if graph is None or stored is None:
-        reason = f"no ONNX graph goes into the {check.stage} stage that can be tried"
+        reason = f"the {check.stage} stage takes none"
         return reproduction.note(error, check, reason, made)
     if wish.seconds <= 0:
         return reproduction.note(error, check, "no time was left for it (failure.seconds, --timeout)", made)
@@ -378,7 +378,7 @@ def _graph_of(recipe: Recipe, runner: Runner, stage: str) -> tuple[Artifact | No
 def told_of(document: Mapping[str, Any]) -> str:
     """One line for people."""
     if not document.get("graph"):
-        return f"log and versions; no graph: {document['why_no_graph']}"
+        return f"log and versions, and no graph ({document['why_no_graph']})"
     operators = ", ".join(dict.fromkeys(document["operators"]))
     less = "" if document["finished"] else ", the time ran out before the smallest"
     weights = "" if document["fails_with_these_weights"] else "; it needs the model's weights: --keep-weights"

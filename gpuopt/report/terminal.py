@@ -43,7 +43,7 @@ def render(report: Report, folder: str, unbuilt: str = "") -> str:
     for entry in report.interface().get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
-            lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")
+            lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}{_formats(report, entry)}")
     quantized = report.facts("quantize")
     if quantized:
         lines.append(
@@ -81,6 +81,14 @@ def render(report: Report, folder: str, unbuilt: str = "") -> str:
     if report.facts("export"):
         lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)
+
+
+def _formats(report: Report, entry: Mapping[str, Any]) -> str:
+    """How engines take an input, where that is not as the graph has it: `(model.tensorrt.engine: fp16:hwc8)`."""
+    builds = [stage.facts for stage in report.stages if stage.name == "build"]
+    formats = {b["file"]: b.get("options", {}).get("io_formats", {}).get(entry["name"]) for b in builds}
+    told = ", ".join(f"{file}: {chosen}" for file, chosen in formats.items() if chosen)
+    return f" ({told})" if told else ""
 
 
 def _drop(limit: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 from gpuopt import errors, gates
 from gpuopt.errors import AccuracyError, ResourceError, SpeedError
 from gpuopt.report.model import GateReport, Report
+from gpuopt.tolerance import Limits, problem
 from tests.unit.report.samples import benchmark, gated, recipe
 from tests.unit.report.test_rendering import passing
 
@@ -220,3 +221,11 @@ def test_a_gate_of_an_engines_speed_says_when_the_cpu_stands_in() -> None:
     assert gates.stand_ins(report, recipe(build__target=["tensorrt-rtx", "onnxruntime"])) == []
     engine = benchmark(target="tensorrt-rtx", file="model.tensorrt-rtx.engine")
     assert gates.stand_ins(gated(asked, benchmarks=[engine]), asked) == []
+
+
+def test_a_cosine_close_to_its_limit_is_written_with_the_digits_that_tell_them_apart() -> None:
+    gate = by_name(gated(recipe()))["cosine"][0].model_copy(update={"value": 0.999999901, "limit": 0.9999999999})
+    assert gates.describe(gate).endswith(": 0.999999901, at least 0.9999999999")
+    figures = {"shape_equal": True, "finite": True, "agreement": None, "max_abs_error": 1.0, "sqnr_db": 80.0}
+    said = problem({**figures, "cosine": 0.999999901}, Limits(0.9999999999, 60.0, 0.9))
+    assert said == "cosine 0.999999901 is below 0.9999999999"

@@ -33,6 +33,11 @@ def import_module(target: str) -> ModuleType:
     return module
 
 
+def name_of(target: str) -> str:
+    """The library as NVIDIA calls it."""
+    return "TensorRT-RTX" if target == "tensorrt-rtx" else "TensorRT"
+
+
 def version(module: ModuleType) -> tuple[int, int]:
     """Major and minor version of TensorRT or TensorRT-RTX."""
     return release(str(module.__version__))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt.library import is_strongly_typed, release
+from gpuopt.backends.tensorrt.library import is_strongly_typed, name_of, release
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.errors import RequirementError, UsageError
 
@@ -88,9 +88,8 @@ def check_calibrator(target: str, version: str) -> None:
         RequirementError: TensorRT 11 or newer, or TensorRT-RTX.
     """
     if target == "tensorrt-rtx" or release(version) >= (11, 0):
-        name = "TensorRT-RTX" if target == "tensorrt-rtx" else "TensorRT"
         raise RequirementError(
-            f"{name} {version} has no calibrator: it reads INT8 from Q/DQ in the graph",
+            f"{name_of(target)} {version} has no calibrator: it reads INT8 from Q/DQ in the graph",
             "Use gpuopt's Q/DQ (--set quantize.quantizer=gpuopt), or install TensorRT 8.5 to 10.",
         )
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from gpuopt import bundle, environment, time_limit
 from gpuopt.cache import Cache
 from gpuopt.errors import BuildError, GpuoptError, QuantizationError, RequirementError, StorageError, UsageError
-from gpuopt.pipeline import Runner
+from gpuopt.pipeline import STAGES, Runner, Step
 from gpuopt.progress import Silent
 from gpuopt.recipe import resolve
 from gpuopt.reduction import command, reproduction
@@ -142,6 +142,14 @@ def test_flags_go_over_a_failed_recipe_which_names_no_file_that_is_written(tmp_p
     assert recipe.build.timing_cache is None
     mine = command.recipe_of(folder, Flags(), ("build.timing_cache=mine",))
     assert mine.build.timing_cache == "mine"
+
+
+def test_a_failure_without_a_graph_says_why_in_one_line(tmp_path: Path) -> None:
+    recipe = resolve({"model": {"path": "x"}})
+    runner = Runner(recipe, Cache(tmp_path / "cache"), Silent(), "run")
+    runner.at_work = Step(next(stage for stage in STAGES if stage.name == "export"))
+    document = command.describe(recipe, runner, BuildError("it broke"), Wish(1), Silent(), tmp_path)
+    assert command.told_of(document) == "log and versions, and no graph (the export stage takes none)"
 
 
 def test_no_name_of_the_users_home_is_in_a_note(tmp_path: Path) -> None:
