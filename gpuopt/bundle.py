@@ -26,6 +26,7 @@ from gpuopt import time_limit
 from gpuopt.artifact import folder_hashes
 from gpuopt.errors import StorageError, UsageError, one_line
 from gpuopt.storage import (
+    check_exists,
     list_files,
     publish_folder,
     read_bytes,
@@ -136,8 +137,10 @@ def open_subject(path: Path, public_key: str | None = None) -> None:
     """`open_bundle` for a bundle, and for the one that a file lies in where it has to be signed.
 
     Raises:
-        SignatureError, StorageError: as `open_bundle`; a file that has to be signed lies in no bundle.
+        SignatureError, StorageError: as `open_bundle`; nothing is there, or a file that has to be signed lies in no
+            bundle.
     """
+    check_exists(path)
     if path.is_dir():
         open_bundle(path, public_key)
     elif public_key is not None:
@@ -149,10 +152,11 @@ def read_manifest(folder: Path, public_key: str | None = None) -> dict[str, Any]
 
     Raises:
         SignatureError: `public_key` is given, and it is not signed with that key.
-        StorageError: there is none, or it cannot be read.
+        StorageError: there is no such folder, no manifest in it, or it cannot be read.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
+        check_exists(folder)
         raise StorageError(
             f"{folder} is not a gpuopt bundle: it has no {MANIFEST_FILE}", "Name a folder that 'gpuopt compile' wrote."
         )

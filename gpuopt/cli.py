@@ -323,7 +323,7 @@ def compile(  # noqa: A001 - the command's name
         typer.Option(
             "--max-accuracy-drop",
             metavar="SHARE",
-            help="0.5% or 0.005: nodes fall back to FP16 until the metric holds it.",
+            help="0.5% or 0.005 (0.5 is 50%): nodes fall back to FP16 until the metric holds it.",
         ),
     ] = None,
     metric: Annotated[
@@ -494,7 +494,7 @@ def compile(  # noqa: A001 - the command's name
         return
     from gpuopt.compile import compile_model
 
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         outcome = compile_model(chosen, cache, _progress(quiet), sys.argv, explain)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -573,7 +573,7 @@ def quantize(
         opset=opset,
     )
     chosen = request.recipe(recipe, flags, settings or [])
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         made = quantize_model(chosen, output, cache, _progress(quiet), sys.argv)
     if as_json:
         import json
@@ -660,7 +660,7 @@ def analyze(
     )
     if plot is not None:
         drawing.check(plot, plotting.SUFFIXES)
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as store:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as store:
         analysis = analyze_model(request.recipe(recipe, flags, settings or []), store, _progress(quiet))
     write(analysis, output, plot)
     _show_analysis(analysis.document, as_json, quiet)
@@ -671,7 +671,12 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="Folder that 'gpuopt compile' wrote.")],
     target: Annotated[
         TargetChoice | None,
-        typer.Option("--target", "-t", help="[default: TensorRT with a GPU, else TensorRT-RTX]"),
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="<tensorrt-rtx|tensorrt>",
+            help="[default: TensorRT with a GPU, else TensorRT-RTX]",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -691,7 +696,7 @@ def build(
     from gpuopt import request, time_limit
     from gpuopt.rebuild import build_bundle
 
-    with time_limit.within(request.duration(timeout)), request.open_cache(cache_dir, no_cache) as cache:
+    with time_limit.within(request.duration(timeout), not no_cache), request.open_cache(cache_dir, no_cache) as cache:
         outcome = build_bundle(bundle, _value(target), settings or [], cache, _progress(quiet), sys.argv, public_key)
     _finish(outcome, as_json, quiet, verbose)
 
@@ -1360,16 +1365,16 @@ def _shown(folder: Path) -> str:
 def _finish(outcome: Outcome, as_json: bool, quiet: bool, verbose: bool) -> None:
     from gpuopt.report import terminal
 
-    folder = Path(outcome.report.bundle)
-    shown = _shown(folder)
+    folder = Path(outcome.report.bundle) if outcome.report.bundle is not None else None
+    shown = _shown(folder) if folder is not None else ""
     if verbose:
         typer.echo(terminal.render_facts(outcome.report), err=True)
     if as_json:
         _answer(outcome.report.model_dump_json(indent=2))
     elif outcome.error is None and not quiet:
-        typer.echo(terminal.render(outcome.report, shown))
+        typer.echo(terminal.render(outcome.report, shown, outcome.unbuilt))
     if outcome.error is not None:
-        if not quiet and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
+        if not quiet and folder and (folder / "report.md").is_file() and folder.name.endswith(".failed"):
             typer.echo(f"report: {shown}/report.md", err=True)
         raise outcome.error
 

@@ -60,10 +60,16 @@ from gpuopt.storage import sha256_file
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends in; `error` is None if it passed."""
+    """What a run ends in.
+
+    Attributes:
+        error: None if it passed.
+        unbuilt: the bundle's graph that engines are still to be built from; empty: none are.
+    """
 
     report: Report
     error: GpuoptError | None
+    unbuilt: str = ""
 
 
 def bundle_folder(recipe: Recipe) -> Path:
@@ -225,9 +231,11 @@ def compile_model(
             if not any(result.step.stage.name == "benchmark" for result in runner.results):
                 runner.run(only=("benchmark",))
         if runner is not None and runner.at_work is None and (choice is None or choice.winner is not None):
-            judged.extend(gates.evaluate(finished(error), recipe))
+            made = finished(error)
+            judged.extend(gates.evaluate(made, recipe))
             before = error
             error, said = gates.settle(judged, recipe.gates.mode, before)
+            said += gates.stand_ins(made, recipe)
             at_gates = "gates" if error is not before else None
             for line in said:
                 progress.warn(line)
@@ -250,7 +258,11 @@ def compile_model(
             report = finished(error)
         else:
             progress.warn(f"the report was not written: {failure.message}")
-    return Outcome(report, error)
+        report = report.model_copy(update={"bundle": None})
+    unbuilt = ""
+    if runner is not None and builds_engine(recipe) and not recipe.build.enabled:
+        unbuilt = ENGINE_ONNX_FILE if runner.artifact("engine_onnx") else ONNX_FILE
+    return Outcome(report, error, unbuilt)
 
 
 def verify_bundle(
@@ -419,6 +431,8 @@ def _report(
     recipe: Recipe, runner: Runner | None, error: GpuoptError | None, command: Sequence[str], seconds: float
 ) -> Report:
     results = runner.results if runner else []
+    # Before the first stage there is nothing to report beside the error.
+    written = bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe)) if runner else None
     at_work = runner.at_work.label if runner and runner.at_work else None
     if at_work is None and isinstance(error, (AccuracyError, PrecisionError)):
         at_work = "verify"
@@ -444,7 +458,7 @@ def _report(
             sha256=digest,
         ),
         precision=recipe.precision,
-        bundle=str(bundle_folder(recipe) if error is None else failed_folder(bundle_folder(recipe))),
+        bundle=str(written) if written is not None else None,
         stages=stage_reports(runner) if runner else [],
         engines=engine_reports(runner) if runner else [],
         verification=dict(facts["verify"]) if "verify" in facts else None,

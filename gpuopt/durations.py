@@ -28,3 +28,9 @@ def written(duration: float) -> str:
         if duration >= _MICROSECONDS[unit]:
             return f"{duration / _MICROSECONDS[unit]:.4g} {unit}"
     return f"{duration:.4g} us"
+
+
+def digits(number: float, most: int) -> str:
+    """A number with at most so many digits; a large one with all before its point instead of an exponent."""
+    text = f"{number:.{most}g}"
+    return f"{number:.0f}" if "e+" in text else text

@@ -289,8 +289,11 @@ def default_targets() -> tuple[str, ...]:
     return (engine, "onnxruntime") if engine else ("onnxruntime",)
 
 
-def check_targets(targets: Sequence[str]) -> None:
+def check_targets(targets: Sequence[str], instead: Sequence[str] = tuple(_LIBRARIES)) -> None:
     """Refuse targets that cannot be built here before any work is done.
+
+    Args:
+        instead: those that could be asked for as well.
 
     Raises:
         RequirementError: says what to install.
@@ -299,9 +302,10 @@ def check_targets(targets: Sequence[str]) -> None:
     for target in targets:
         state = states[target]
         if not state.ready:
+            ready = [other for other in states if states[other].ready and other in instead]
             raise RequirementError(
                 f"target {target} cannot be built here: {state.needs[0]}",
-                f"Targets that can: {', '.join(s.target for s in states.values() if s.ready) or 'none'}.",
+                f"Targets that can: {', '.join(ready) or 'none'}.",
             )
 
 

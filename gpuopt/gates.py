@@ -12,10 +12,12 @@ from typing import Any, Literal
 from gpuopt.errors import AccuracyError, DataError, GpuoptError, PrecisionError, ResourceError, SpeedError
 from gpuopt.recipe import Recipe
 from gpuopt.report.model import BenchmarkReport, GateReport, Report
-from gpuopt.tolerance import DROP_ROUNDING, has_ratio
+from gpuopt.tolerance import DROP_ROUNDING, has_ratio, written
 
 Sense = Literal["at least", "at most"]
 
+ON_THE_CPU = "no engine runs here: latency and throughput are those of model.onnx in ONNX Runtime on the CPU"
+"""What is said where speed gates of engines are judged by what stands in for them."""
 _NOT_MEASURED = "speed was not measured: --benchmark"
 _ERRORS: Mapping[str, type[GpuoptError]] = {
     "accuracy_drop": AccuracyError,
@@ -45,6 +47,7 @@ _HINTS: Mapping[type[GpuoptError], str] = {
     ResourceError: "Raise the limit, or choose a smaller precision, batch or --optimization-level.",
     DataError: "The report lists the findings; look at the calibration data.",
 }
+_UNKNOWN_HINT = "A value that is not known does not pass: run it where the engine is built and runs, or drop the gate."
 
 
 def evaluate(report: Report, recipe: Recipe) -> list[GateReport]:
@@ -100,6 +103,14 @@ def _not_compared(recipe: Recipe) -> Iterator[GateReport]:
         yield _unknown("sqnr_db", "", recipe.verify.min_sqnr_db, "at least", "dB", reason)
 
 
+def stand_ins(report: Report, recipe: Recipe) -> list[str]:
+    """What is to be said of speed gates that were judged by another file than the engines that were asked for."""
+    judged = bool(recipe.gates.max_latency_ms) or recipe.gates.min_throughput is not None
+    wants_engine = any(target != "onnxruntime" for target in recipe.build.target)
+    measured = {one.target for one in report.benchmarks}
+    return [ON_THE_CPU] if judged and wants_engine and measured == {"onnxruntime"} else []
+
+
 def first_failure(gates: Sequence[GateReport]) -> GpuoptError | None:
     """The error of the first gate that does not pass; None if all do."""
     failed = [gate for gate in gates if gate.verdict != "passed"]
@@ -107,7 +118,8 @@ def first_failure(gates: Sequence[GateReport]) -> GpuoptError | None:
         return None
     kind = _ERRORS[failed[0].name]
     more = f" (and {len(failed) - 1} more gates)" if len(failed) > 1 else ""
-    return kind(f"gate {describe(failed[0])}{more}", _HINTS[kind])
+    hint = _UNKNOWN_HINT if failed[0].verdict == "unknown" else _HINTS[kind]
+    return kind(f"gate {describe(failed[0])}{more}", hint)
 
 
 def settle(
@@ -139,7 +151,7 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.1%}"
     if unit == "bytes":
         return _bytes(value)
-    return f"{value:.6g} {unit}" if unit else f"{value:.9g}"
+    return f"{value:.6g} {unit}" if unit else written(value)
 
 
 def _bytes(size: float) -> str:

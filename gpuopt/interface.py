@@ -124,9 +124,10 @@ def resolve(
             )
         if shapes is None:
             written = f" ({format_shape(model.spec.shape)})" if model else ""
+            sizes = [size if isinstance(size, int) else 1 for size in model.spec.shape] if model else (1, 3, 224, 224)
             raise UsageError(
                 f"the shape of input '{name}'{written} is open",
-                f"Give it: --input {name}:1x3x224x224, or --min-shapes / --opt-shapes / --max-shapes.",
+                f"Give it: --input {name}:{format_shape(sizes)}, or --min-shapes / --opt-shapes / --max-shapes.",
             )
         _check_sample(name, sample.get(name), shapes)
         specs.append(TensorSpec(name, _dtype(section, model, sample.get(name)), shapes.opt))
@@ -156,10 +157,18 @@ def _check_sample(name: str, sample: reference.Array | None, shapes: ShapeRange)
     for axis in range(1, sample.ndim):
         if axis not in shapes.dynamic_axes and sample.shape[axis] != shapes.min[axis]:
             seen, wanted = format_shape(sample.shape), format_shape(shapes.opt)
-            raise DataError(
-                f"a calibration sample of '{name}' is {seen}, the input {wanted}",
-                "Prepare the data as the model takes it, or give the shapes that the data has.",
-            )
+            hint = "Prepare the data as the model takes it, or give the shapes that the data has."
+            if _is_channels_last(sample.shape, shapes):
+                hint = "It looks channels-last: transpose it to channels first, or give --input-layout nhwc."
+            raise DataError(f"a calibration sample of '{name}' is {seen}, the input {wanted}", hint)
+
+
+def _is_channels_last(shape: tuple[int, ...], shapes: ShapeRange) -> bool:
+    """Whether a sample has the input's shape, any number of samples, with the channels last."""
+    if len(shape) < 3:
+        return False
+    moved = (shapes.opt[0], shape[-1], *shape[1:-1])
+    return shapes.admits(moved)
 
 
 def _completed(section: InputSection, model: StatedInput | None, sample: reference.Array | None) -> ShapeRange | None:

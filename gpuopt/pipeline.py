@@ -680,7 +680,8 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
 
     Raises:
         RequirementError: a package or a GPU that the recipe needs is missing.
-        UsageError: TensorRT has no calibrators any more, or labels come without data.
+        UsageError: TensorRT has no calibrators any more, labels come without data, or the TensorRT here does not
+            have an option.
         DataError: INT8 without data or ranges, or with ranges that cannot be read; evaluation data or labels that are
             not there.
         StorageError: the model file is not there.
@@ -691,6 +692,7 @@ def check_request(recipe: Recipe, builds: bool = True) -> None:
     if builds and recipe.build.enabled:
         environment.check_targets(recipe.build.target)
         _check_native(recipe)
+        check_build_options(recipe)
     environment.require("onnxruntime", "verifying what was built")
     kind = ModelKind.FACTORY
     if recipe.model.path:
@@ -737,6 +739,20 @@ def _check_factory(model: ModelSection, kind: ModelKind) -> None:
             "Leave out --model (of a recipe: --set model.factory=null), or give the weights alone: a state dict.\n"
             "To compile the model that the factory makes, name it in place of the file.",
         )
+
+
+def check_build_options(recipe: Recipe) -> None:
+    """Refuse options that the libraries here lack, also where an engine that was built without them is in the cache.
+
+    Raises:
+        UsageError: names the option and the release that has it.
+    """
+    from gpuopt.backends.tensorrt import limits
+    from gpuopt.stages.build import asked_options
+
+    for target in recipe.build.target:
+        if target != "onnxruntime" and (version := environment.library_version(target)):
+            limits.check(target, version, asked_options(recipe))
 
 
 def _check_native(recipe: Recipe) -> None:

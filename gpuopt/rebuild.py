@@ -29,7 +29,14 @@ from gpuopt.compile import (
     verdict,
 )
 from gpuopt.errors import GpuoptError, UsageError
-from gpuopt.pipeline import FIRST_STRONGLY_TYPED, LEGACY_OPSET, Runner, check_provable, graph_mismatch
+from gpuopt.pipeline import (
+    FIRST_STRONGLY_TYPED,
+    LEGACY_OPSET,
+    Runner,
+    check_build_options,
+    check_provable,
+    graph_mismatch,
+)
 from gpuopt.precision import OUT_OF_THE_RACE
 from gpuopt.progress import Progress
 from gpuopt.provenance.origin import (
@@ -82,7 +89,8 @@ def build_bundle(
     before = read_report(folder / bundle.REPORT_FILE)
     recipe = _recipe(folder, target, settings)
     engine = recipe.build.target[0]
-    environment.check_targets([engine])
+    environment.check_targets([engine], instead=tuple(environment.ENGINE_PACKAGES))
+    check_build_options(recipe)
     if recipe.gates.mode == "fail":
         check_provable(recipe)
     measures_formats = io_formats.asks_for_the_fastest(recipe)
@@ -120,7 +128,12 @@ def build_bundle(
         old = [s for s in before.stages if s.name in _STAGES and s.target == engine]
         kept = [stage for stage in before.stages if stage not in old]
         outdated = {w for stage in old for w in stage.warnings} - {w for stage in kept for w in stage.warnings}
-        outdated |= {NO_ENGINE, NOT_INT8_YET, *(f"gate {gates.describe(gate)}" for gate in before.gates)}
+        outdated |= {
+            NO_ENGINE,
+            NOT_INT8_YET,
+            gates.ON_THE_CPU,
+            *(f"gate {gates.describe(gate)}" for gate in before.gates),
+        }
         report = before.model_copy(
             update={
                 "command": list(command),
@@ -149,6 +162,7 @@ def build_bundle(
             # FP16 is timed beside INT8 by `gpuopt compile` alone.
             found, before_gates = [g for g in gates.evaluate(report, recipe) if g.name != "latency_vs_fp16"], error
             error, said = gates.settle(found, recipe.gates.mode, before_gates)
+            said += gates.stand_ins(report, recipe)
             for line in said:
                 progress.warn(line)
             report = report.model_copy(
@@ -188,6 +202,12 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
         raise UsageError(
             f"the bundle's recipe names plugin libraries, whose code would run: {named}",
             "If you trust them, name them again: --set 'build.plugins=[FILE, ...]'.",
+        )
+    if target == "onnxruntime":
+        raise UsageError(
+            "'gpuopt build' makes engines of tensorrt and tensorrt-rtx: what ONNX Runtime runs, model.onnx, is in the "
+            "bundle already",
+            "Give --target tensorrt or tensorrt-rtx, or leave it out.",
         )
     engine = target or environment.default_targets()[0]
     if engine == "onnxruntime":

@@ -338,7 +338,7 @@ class AccuracySection(Section):
     """How much accuracy INT8 may cost; above that, nodes fall back to FP16 until it holds."""
 
     max_drop: Annotated[float, BeforeValidator(_as_share), Field(ge=0)] | None = Field(
-        None, description="Largest drop of the metric against FP32, absolute: 0.5% or 0.005. Empty: no budget."
+        None, description="Largest absolute drop of the metric against FP32: 0.5% or 0.005; 0.5 is 50%. Empty: none."
     )
     metric: str | None = Field(
         None, description="package.module:function, called with predictions and labels; larger is better."
@@ -358,6 +358,8 @@ class AccuracySection(Section):
     def _needs_a_budget(self) -> AccuracySection:
         if self.max_drop is None and (self.metric or self.labels):
             raise ValueError("metric and labels need max_drop (--max-accuracy-drop), as in 0.5%")
+        if self.max_drop is not None and self.max_drop > 1 and not self.metric:
+            raise ValueError(f"max_drop {self.max_drop:g} is {self.max_drop:.0%}, above all there is: write 0.5%")
         return self
 
 

@@ -92,9 +92,14 @@ def _public_key(minisign: Any, given: str) -> Any:
         with storage_errors("read", Path(given)):
             return minisign.PublicKey.from_bytes(_head(Path(given)))
     except minisign.Error as error:
-        what = "holds no public key of minisign" if is_file else "is neither a file nor a public key of minisign"
+        if is_file:
+            what = f"holds no public key of minisign: {error}"
+        elif given.startswith("RW"):
+            what = f"is neither a file nor a public key of minisign: {error}"
+        else:
+            what = "is neither a file nor a public key of minisign: there is no such file"
         raise UsageError(
-            f"--public-key {given} {what}: {error}", "Give minisign.pub, or the line in it that begins with RW."
+            f"--public-key {given} {what}", "Give minisign.pub, or the line in it that begins with RW."
         ) from error
 
 

@@ -69,6 +69,16 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
+def check_exists(path: Path) -> None:
+    """Tell a path that is not there from one that is of the wrong kind.
+
+    Raises:
+        StorageError: it is not there, or cannot be looked at.
+    """
+    with storage_errors("read", path):
+        path.stat()
+
+
 def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
     """A file that is read whole, since it is small.
 

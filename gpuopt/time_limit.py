@@ -16,16 +16,20 @@ from types import FrameType
 from gpuopt.errors import TimeLimitError
 
 _ends: float | None = None
+_resumes = True
 
 
 @contextlib.contextmanager
-def within(seconds: float | None) -> Iterator[None]:
+def within(seconds: float | None, resumes: bool = True) -> Iterator[None]:
     """Let a command take so many seconds; None: as many as it needs. Of the main thread, and not nested.
+
+    Args:
+        resumes: whether what is finished is kept for the next run.
 
     Raises:
         TimeLimitError: they are up.
     """
-    global _ends
+    global _ends, _resumes
     if seconds is None:
         yield
         return
@@ -35,6 +39,7 @@ def within(seconds: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     _ends = time.monotonic() + seconds
+    _resumes = resumes
     # Again and again: a library may catch the first one.
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
@@ -60,7 +65,9 @@ def ends() -> float | None:
 def error_after(seconds: float | None) -> TimeLimitError:
     """The error of a command that was given so many seconds."""
     limit = "" if seconds is None else f" of {seconds:g} s"
-    return TimeLimitError(
-        f"the time limit{limit} (--timeout) is up",
-        "What is finished is in the cache: the same command goes on from there. Or give it more time.",
+    hint = (
+        "What is finished is in the cache: the same command goes on from there. Or give it more time."
+        if _resumes
+        else "Nothing of it is kept (--no-cache): give it more time, or use the cache, from which it goes on."
     )
+    return TimeLimitError(f"the time limit{limit} (--timeout) is up", hint)

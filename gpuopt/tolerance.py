@@ -33,6 +33,11 @@ def has_ratio(figures: Mapping[str, Any]) -> bool:
     return bool(figures["shape_equal"] and figures["finite"] and error is not None and error > NEGLIGIBLE_ERROR)
 
 
+def written(value: float) -> str:
+    """A figure or limit without a unit: nine digits, and as many as there are of one that is just below or above 1."""
+    return f"{value:.15g}" if 0 < abs(1 - value) < 1e-6 else f"{value:.9g}"
+
+
 def problem(figures: Mapping[str, Any], limits: Limits) -> str:
     """Which limit the figures of `comparison.compare` miss, in words; empty if none."""
     if not figures["shape_equal"]:
@@ -45,7 +50,7 @@ def problem(figures: Mapping[str, Any], limits: Limits) -> str:
     if not has_ratio(figures):
         return ""
     if cosine is not None and cosine < limits.min_cosine:
-        return f"cosine {cosine:.9g} is below {limits.min_cosine:.9g}"
+        return f"cosine {written(cosine)} is below {written(limits.min_cosine)}"
     if sqnr is None or sqnr < limits.min_sqnr_db:
         shown = "undefined" if sqnr is None else f"{sqnr:.1f} dB"
         return f"SQNR {shown} is below {limits.min_sqnr_db:g} dB"

@@ -25,6 +25,7 @@ from gpuopt.batching.report import (
     SettingsReport,
     TargetReport,
 )
+from gpuopt.durations import digits
 from gpuopt.errors import GpuoptError, SpeedError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.storage import write_text
@@ -263,7 +264,7 @@ def _too_slow(report: PlanReport, ceiling: float) -> SpeedError:
     if met.target_ms is None or met.drop_rate > target.max_drop:
         reason = f"{met.drop_rate:.2%} of requests are refused"
     elif met.target_ms > target.milliseconds:
-        reason = f"p{target.percentile:g} is {met.target_ms:.4g} ms, {target.milliseconds:g} ms are allowed"
+        reason = f"p{target.percentile:g} is {digits(met.target_ms, 4)} ms, {target.milliseconds:g} ms are allowed"
     else:
         reason = f"at most {ceiling:.6g} requests/s can be served, and the queue grows as long as the load lasts"
     return SpeedError(

@@ -12,6 +12,7 @@ import numpy as np
 from gpuopt.batching.batcher import Outcome, Service, Settings, simulate
 from gpuopt.batching.latency import Latencies
 from gpuopt.batching.load import Load
+from gpuopt.durations import digits
 from gpuopt.errors import SpeedError, UsageError
 
 COARSE, FINE, FINAL = 4000, 40_000, 200_000
@@ -273,18 +274,19 @@ def _impossible(problem: Problem) -> SpeedError:
     alone = inference + problem.constant_ms
     delay = (problem.fixed.max_queue_delay_microseconds or 0) / 1000
     if alone > target.seconds * 1000:
-        besides = f" and {problem.constant_ms:.3g} ms besides" if problem.constant_ms else ""
+        besides = f" and {digits(problem.constant_ms, 3)} ms besides" if problem.constant_ms else ""
         return SpeedError(
-            f"{what}: a single request takes {inference:.3g} ms of inference{besides}",
+            f"{what}: a single request takes {digits(inference, 3)} ms of inference{besides}",
             "Raise --target, or make the model faster.",
         )
     if alone + delay > target.seconds * 1000:
         return SpeedError(
-            f"{what}: --max-queue-delay lets a request wait for {delay:.4g} ms, and alone it takes {alone:.3g} ms",
+            f"{what}: --max-queue-delay lets a request wait for {digits(delay, 4)} ms, "
+            f"and alone it takes {digits(alone, 3)} ms",
             "Lower it, or leave it out; or raise --target.",
         )
     return SpeedError(
-        f"{what} with {problem.load.rate:.6g} requests/s: a single request would take {alone:.3g} ms",
+        f"{what} with {problem.load.rate:.6g} requests/s: a single request would take {digits(alone, 3)} ms",
         "Leave out some of the settings that are fixed, lower the rate, or raise --target.",
     )
 

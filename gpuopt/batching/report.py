@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpuopt.durations import written
+from gpuopt.durations import digits, written
 from gpuopt.errors import DataError
 from gpuopt.storage import storage_errors
 
@@ -209,9 +209,9 @@ def _table(rows: list[tuple[str, PredictionReport]]) -> list[str]:
     heads = ("requests/s", "p50 ms", "p95 ms", "p99 ms", "served/s", "busy", "refused", "batch")
     lines = [f"{'':<18}" + "".join(f"{head:>11}" for head in heads)]
     for name, row in rows:
-        times = ("none" if time is None else f"{time:.4g}" for time in (row.p50_ms, row.p95_ms, row.p99_ms))
+        times = ("none" if time is None else digits(time, 4) for time in (row.p50_ms, row.p95_ms, row.p99_ms))
         cells = (
-            f"{row.rate:.5g}", *times, f"{row.throughput:.5g}", f"{row.utilisation:.1%}", f"{row.drop_rate:.2%}",
+            digits(row.rate, 5), *times, digits(row.throughput, 5), f"{row.utilisation:.1%}", f"{row.drop_rate:.2%}",
             f"{row.mean_batch:.3g}",
         )  # fmt: skip
         lines.append(f"{name[-17:]:<18}" + "".join(f"{cell:>11}" for cell in cells))

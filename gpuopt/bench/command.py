@@ -14,7 +14,7 @@ from gpuopt.artifact import ONNX_FILE
 from gpuopt.bench import baselines, conditions
 from gpuopt.bench.report import BenchReport, Row
 from gpuopt.engine_record import Trust
-from gpuopt.errors import EngineError, GpuoptError, UsageError
+from gpuopt.errors import EngineError, GpuoptError, RequirementError, UsageError
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
@@ -67,8 +67,8 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
     Raises:
         UsageError: the subject is neither a bundle nor an engine, or a group is unknown.
         SignatureError: it is not signed as it has to be.
-        StorageError, EngineError: it is damaged, or belongs elsewhere.
-        RequirementError: an engine without a bundle, and nothing here to run it.
+        StorageError, EngineError: it is damaged, or belongs elsewhere; an engine without a bundle cannot be run here.
+        RequirementError: what is asked for is of an engine, and none runs here.
     """
     started = time.monotonic()
     unknown = sorted(set(request.groups) - set(GROUPS))
@@ -88,6 +88,12 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
         if found.folder is None:
             raise EngineError(f"{found.engine.name} cannot be run here: {missing}", "Run it where it was built.")
         warnings.append(f"{found.engine.name} was not measured: {missing}")
+    if missing and "baselines" not in request.groups:
+        what = found.engine.name if found.engine is not None else f"{request.subject}"
+        raise RequirementError(
+            f"nothing of {what} can be measured here: {missing}",
+            "All groups but baselines measure an engine: run it on its GPU's machine ('gpuopt build' makes one there).",
+        )
     unwatched = "only an engine's run is watched, and there was none" if missing else ""
     with gpu_turn(progress), conditions.watched(None if missing else _pci_bus_id(), unwatched) as state:
         if found.engine is not None and not missing:

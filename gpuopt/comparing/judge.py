@@ -13,11 +13,10 @@ from gpuopt.comparing.differences import ALL, between
 from gpuopt.comparing.figures import Figure, Key
 from gpuopt.comparing.limits import Limits
 from gpuopt.comparing.model import Comparison, Difference, Row, Side, Verdict
-from gpuopt.comparing.words import change_text, clean, limit_text, subject
+from gpuopt.comparing.words import NOT_JUDGED, change_text, clean, limit_text, subject
 from gpuopt.errors import ComparisonError, GpuoptError, RegressionError
 from gpuopt.report.model import Estimate, Failure, GateReport, Report
 
-_NOT_JUDGED = "for information: no limit is set for it"
 _ROUNDING = 1e-9
 
 
@@ -152,7 +151,7 @@ def _row(key: Key, old: Figure, new: Figure, limits: Limits, spread: Ratio | str
     if change is None or old.value is None or new.value is None:
         verdict, reason = _without_values(old, new)
     elif limit is None:
-        verdict, reason = ("same", "") if change == 0 else ("not comparable", _NOT_JUDGED)
+        verdict, reason = ("same", "") if change == 0 else ("not comparable", NOT_JUDGED)
     elif isinstance(spread, str):
         verdict, reason = "not comparable", spread
     elif rule.relative and not old.value.value:

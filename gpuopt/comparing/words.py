@@ -6,6 +6,9 @@ from gpuopt.comparing.model import Difference, Row
 from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Estimate
 
+NOT_JUDGED = "for information: no limit is set for it"
+"""The reason of a row that nothing is asked of."""
+
 _NAMES = {
     "sqnr_db": "worst SQNR",
     "cosine": "worst cosine",
@@ -79,7 +82,9 @@ def limit_text(row: Row) -> str:
 
 
 def verdict_text(row: Row) -> str:
-    """The verdict and its reason."""
+    """The verdict and its reason; of what is not judged the reason alone."""
+    if row.reason == NOT_JUDGED:
+        return row.reason
     return f"{row.verdict}: {row.reason}" if row.reason else row.verdict
 
 

@@ -34,6 +34,7 @@ from gpuopt.reduction import reproduction
 from gpuopt.reduction.attempts import BY_PIPELINE, Check
 from gpuopt.reduction.reproduction import Wish
 from gpuopt.shapes import Profile
+from gpuopt.storage import check_exists
 from gpuopt.tolerance import Limits
 
 FOLDER = "failure"
@@ -51,7 +52,8 @@ class Request:
         subject: an ONNX file, or the folder of a failed compilation.
         recipe: as `recipe_of` gives it.
         against: another ONNX file, or `optimized`; None: look for a failure, not for a difference.
-        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file, `failure` in a failed folder.
+        output: the folder to write; None: `SUBJECT.failure` beside an ONNX file or its bundle, `failure` in a failed
+            folder.
     """
 
     subject: Path
@@ -73,11 +75,13 @@ def wish(seconds: float, keep_weights: bool, against: str | None, min_cosine: fl
     """The flags of `gpuopt reduce` as a wish.
 
     Raises:
-        UsageError: the other graph does not exist.
+        StorageError: the other graph is not there.
+        UsageError: it is a folder.
     """
     other = None if against in (None, "optimized") else Path(str(against))
     if other is not None and not other.is_file():
-        raise UsageError(f"{other} does not exist", "Give --against another ONNX file, or 'optimized'.")
+        check_exists(other)
+        raise UsageError(f"{other} is not a file", "Give --against another ONNX file, or 'optimized'.")
     return Wish(seconds, keep_weights, other, Limits(min_cosine, min_sqnr, min_agreement=0.9))
 
 
@@ -165,10 +169,9 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
         folder = failed_folder(asked.subject)
         destination = (asked.output or folder / FOLDER).absolute()
     else:
-        if not asked.subject.is_file():
-            raise UsageError(f"{asked.subject} does not exist", "Name an ONNX file or MODEL.gpuopt.failed.")
+        check_exists(asked.subject)
         folder = None
-        destination = (asked.output or asked.subject.with_name(f"{asked.subject.stem}.failure")).absolute()
+        destination = (asked.output or _beside(asked.subject)).absolute()
     place = destination.resolve()
     inside = folder is not None and place == folder / FOLDER
     if folder is not None and not inside and place.is_relative_to(folder):
@@ -193,6 +196,14 @@ def reduce(asked: Request, cache: Cache, progress: Progress) -> Answer:
             about = {key: document[key] for key in ("gpuopt_version", "created")}
             bundle.write(destination, files, {}, about)
     return Answer(destination, document)
+
+
+def _beside(graph: Path) -> Path:
+    """Where the failure of a graph goes: a bundle holds nothing but what its manifest lists."""
+    from gpuopt.inspection import home
+
+    path = graph.absolute()
+    return (path.parent if home.of_file(path) is not None else path).with_name(f"{graph.stem}.failure")
 
 
 def failed_folder(subject: Path) -> Path:
@@ -231,16 +242,23 @@ def _of_graph(asked: Request, progress: Progress, made: Path) -> dict[str, Any]:
 
 
 def _profile(graph: Path, recipe: Recipe) -> Profile:
+    """The shapes of a graph's inputs: those asked for, else its own, else those that its bundle was compiled for."""
     from gpuopt import interface, onnx_model
+    from gpuopt.inspection import home
     from gpuopt.interface import StatedInput
     from gpuopt.shapes import ShapeRange
 
     model = onnx_model.with_types(onnx_model.load_untrusted(graph))
     stated = []
+    found = home.of_file(graph)
+    compiled_for = found.profiles[0] if found is not None and found.profiles else {}
+    asked = {name for name, section in recipe.inputs.items() if section.range() is not None}
     for spec in onnx_model.input_specs(model):
         fixed = tuple(size for size in spec.shape if isinstance(size, int))
         whole = len(fixed) == len(spec.shape)
-        stated.append(StatedInput(spec, ShapeRange(fixed, fixed, fixed) if whole else None))
+        # What is asked for may go beyond what the bundle was compiled for.
+        known = None if {spec.name, ""} & asked else compiled_for.get(spec.name)
+        stated.append(StatedInput(spec, ShapeRange(fixed, fixed, fixed) if whole else known))
     return interface.resolve(recipe, [one.spec.name for one in stated], stated, []).profiles[0]
 
 
@@ -284,7 +302,7 @@ def kept(recipe: Recipe, runner: Runner | None, error: GpuoptError, progress: Pr
         from gpuopt.compile import failed_folder as of_bundle
 
         replay = reproduction.replay_command(of_bundle(bundle_folder(recipe)) / FOLDER, document)
-        progress.line(f"failure: {told_of(document)}: {replay}")
+        progress.line(f"failure: {told_of(document)}; again: {replay}")
         yield {f"{FOLDER}/{path.name}": path for path in made.iterdir()}
 
 
@@ -321,7 +339,7 @@ def describe(
     check = _check_of(recipe, runner)
     graph, stored = _graph_of(recipe, runner, check.stage)
     if graph is None or stored is None:
-        reason = f"no ONNX graph goes into the {check.stage} stage that can be tried"
+        reason = f"the {check.stage} stage takes none"
         return reproduction.note(error, check, reason, made)
     if wish.seconds <= 0:
         return reproduction.note(error, check, "no time was left for it (failure.seconds, --timeout)", made)
@@ -360,7 +378,7 @@ def _graph_of(recipe: Recipe, runner: Runner, stage: str) -> tuple[Artifact | No
 def told_of(document: Mapping[str, Any]) -> str:
     """One line for people."""
     if not document.get("graph"):
-        return f"log and versions; no graph: {document['why_no_graph']}"
+        return f"log and versions, and no graph ({document['why_no_graph']})"
     operators = ", ".join(dict.fromkeys(document["operators"]))
     less = "" if document["finished"] else ", the time ran out before the smallest"
     weights = "" if document["fails_with_these_weights"] else "; it needs the model's weights: --keep-weights"

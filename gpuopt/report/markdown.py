@@ -238,7 +238,7 @@ def _precision(report: Report) -> str:
     lines = []
     if quantized:
         lines.append(
-            f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
+            f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes are quantized to INT8 "
             f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs), "
             f"{quantized['int8_macs_share']:.1%} of multiply-accumulates."
         )

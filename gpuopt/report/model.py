@@ -152,7 +152,11 @@ class ModelReport(_Part):
 
 
 class Report(_Part):
-    """A run of `gpuopt compile` or `gpuopt verify`."""
+    """A run of `gpuopt compile` or `gpuopt verify`.
+
+    Attributes:
+        bundle: the folder that was written or verified, `MODEL.gpuopt.failed` after a failure; None: none was written.
+    """
 
     schema_version: Literal[1] = 1
     command: list[str]
@@ -162,7 +166,7 @@ class Report(_Part):
     error: Failure | None
     model: ModelReport
     precision: str
-    bundle: str
+    bundle: str | None
     stages: list[StageReport]
     engines: list[EngineReport]
     verification: dict[str, Any] | None

@@ -537,7 +537,7 @@ def _left_out(report: Report) -> Iterator[Block]:
     if quantized:
         yield Heading("Nodes")
         yield Text(
-            f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes run in INT8 "
+            f"{quantized['quantized_nodes']} of {quantized['candidate_nodes']} candidate nodes are quantized to INT8 "
             f"({quantized['format']}, {quantized['qdq_pairs']} Q/DQ pairs), "
             f"{quantized['int8_macs_share']:.1%} of multiply-accumulates."
         )
@@ -660,7 +660,7 @@ def _provenance(report: Report) -> Section | None:
         ("kind", report.model.kind or "not known"),
         ("SHA-256 of the model", code(report.model.sha256 or "from a factory")),
         ("precision", report.precision),
-        ("bundle", code(report.bundle)),
+        ("bundle", code(report.bundle or "none")),
         ("command", code(" ".join(report.command))),
         ("made", f"{report.created}, {report.seconds:.1f} s"),
         ("gpuopt", report.gpuopt_version),

@@ -17,6 +17,8 @@ _LEGEND = (
     "MACs: share of the multiply-accumulates."
 )
 _NAMED = 3
+_ENOUGH_DB = 30.0
+"""What FP16 itself has to reach: with an SQNR above it no node has to stay out of INT8."""
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
 
 
@@ -40,15 +42,18 @@ def conclusion(found: Mapping[str, Any]) -> str:
     """The whole model, the costliest nodes, and what keeps those in FP16."""
     names = [layer["node"] for layer in found["layers"][:_NAMED]]
     share = sum(layer["macs_share"] for layer in found["layers"][:_NAMED])
-    setting = f"quantize.nodes_to_exclude=[{','.join(map(_as_yaml, names))}]"
-    return "\n".join(
-        [
-            f"all {len(found['layers'])} nodes in INT8: {_outcome(found['whole'])}, "
-            f"{found['int8_macs_share']:.1%} of multiply-accumulates; {found['samples']} samples of {found['data']}",
-            f"costliest: {', '.join(names)} ({share:.1%} of multiply-accumulates)",
-            f"to keep them in FP16: --set {shlex.quote(setting)}",
-        ]
-    )
+    lines = [
+        f"all {len(found['layers'])} nodes in INT8: {_outcome(found['whole'])}, "
+        f"{found['int8_macs_share']:.1%} of multiply-accumulates; {found['samples']} samples of {found['data']}",
+        f"costliest: {', '.join(names)} ({share:.1%} of multiply-accumulates)",
+    ]
+    # Without any node in INT8 there would be nothing to quantize.
+    kept = names[: len(found["layers"]) - 1]
+    if kept and _costs(found["whole"]):
+        setting = f"quantize.nodes_to_exclude=[{','.join(map(_as_yaml, kept))}]"
+        who = "them" if kept == names else ", ".join(kept)
+        lines.append(f"to keep {who} in FP16: --set {shlex.quote(setting)}")
+    return "\n".join(lines)
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -80,6 +85,13 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
         text.ljust(width) if column in (1, 2) else text.rjust(width)
         for column, (text, width) in enumerate(zip(row, widths, strict=True))
     ]
+
+
+def _costs(whole: Mapping[str, Any]) -> bool:
+    """Whether INT8 costs so much that nodes may have to stay out of it."""
+    if whole["cost"] is not None and whole["output_sqnr_db"] is not None:
+        return bool(whole["output_sqnr_db"] < _ENOUGH_DB)
+    return whole["cost"] is None or whole["cost"] > 0
 
 
 def _outcome(whole: Mapping[str, Any]) -> str:

@@ -11,11 +11,12 @@ from gpuopt.report.markdown import format_bytes
 from gpuopt.report.model import Report
 
 
-def render(report: Report, folder: str) -> str:
+def render(report: Report, folder: str, unbuilt: str = "") -> str:
     """A pure function of the report: what was made, how accurate it is, where it lies.
 
     Args:
         folder: the bundle's folder as the user would write it.
+        unbuilt: the graph that engines are still to be built from; empty: none are.
     """
     lines = []
     for engine in report.engines:
@@ -23,6 +24,8 @@ def render(report: Report, folder: str) -> str:
         lines.append(
             f"{engine.target:<13}{engine.status:<9}{format_bytes(engine.size_bytes):>10}   {engine.file}{note}"
         )
+    if unbuilt:
+        lines.append(f"engine       none yet: 'gpuopt build {folder}' on the GPU's machine makes it from {unbuilt}")
     for engine in report.engines:
         if engine.proof is not None:
             lines.append(_proof(engine.target, engine.proof))
@@ -40,7 +43,7 @@ def render(report: Report, folder: str) -> str:
     for entry in report.interface().get("inputs", []):
         for profile in entry["profiles"]:
             sizes = list(dict.fromkeys([profile["min"], profile["opt"], profile["max"]]))
-            lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}")
+            lines.append(f"input        {entry['name']} {entry['dtype']} {' .. '.join(sizes)}{_formats(report, entry)}")
     quantized = report.facts("quantize")
     if quantized:
         lines.append(
@@ -54,7 +57,7 @@ def render(report: Report, folder: str) -> str:
         built = report.facts("confirm").get("value", budget["final"])
         lines.append(
             f"budget       {budget['metric']} {built:.6g} (FP32 {budget['fp32']:.6g}, "
-            f"all INT8 {budget['int8']:.6g}); {fell}"
+            f"all INT8 {budget['int8']:.6g}), limit {_drop(budget['max_drop'])}; {fell}"
         )
     if report.verification:
         cosines = [row["cosine"] for row in report.verification["outputs"] if row["cosine"] is not None]
@@ -78,6 +81,19 @@ def render(report: Report, folder: str) -> str:
     if report.facts("export"):
         lines.append(f"report       {folder}/report.md")
     return "\n".join(lines)
+
+
+def _formats(report: Report, entry: Mapping[str, Any]) -> str:
+    """How engines take an input, where that is not as the graph has it: `(model.tensorrt.engine: fp16:hwc8)`."""
+    builds = [stage.facts for stage in report.stages if stage.name == "build"]
+    formats = {b["file"]: b.get("options", {}).get("io_formats", {}).get(entry["name"]) for b in builds}
+    told = ", ".join(f"{file}: {chosen}" for file, chosen in formats.items() if chosen)
+    return f" ({told})" if told else ""
+
+
+def _drop(limit: float) -> str:
+    """An accuracy budget in both ways of writing it; metrics of the user's own may have one above 100%."""
+    return f"{limit:g} ({limit * 100:g}%)" if limit <= 1 else f"{limit:g}"
 
 
 def _proof(target: str, proof: Mapping[str, Any]) -> str:

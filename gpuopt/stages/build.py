@@ -22,6 +22,7 @@ from gpuopt.engine_record import EngineRecord, TensorRecord
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.gpu_turn import gpu_turn
+from gpuopt.recipe import Recipe
 from gpuopt.reference import Array, Reference
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
@@ -116,16 +117,24 @@ def build_options(context: StageContext, onnx_path: Path, gpu: Gpu | None) -> Bu
     Raises:
         RequirementError: the target's library is missing.
     """
-    recipe, settings = context.recipe, context.recipe.build
+    return replace(
+        asked_options(context.recipe),
+        fp32_nodes=_kept_in_fp32(context, onnx_path),
+        timing_cache=_timing_cache_file(context, gpu),
+    )
+
+
+def asked_options(recipe: Recipe) -> BuildOptions:
+    """What a recipe alone tells the builder, without what depends on the graph and the GPU."""
+    settings = recipe.build
     return BuildOptions(
         precision=recipe.built_precision,
         tf32=settings.tf32,
         fp16_remainder=recipe.cast.remainder == "fp16",
-        fp32_nodes=_kept_in_fp32(context, onnx_path),
         compute_capabilities=settings.compute_capability,
         optimization_level=settings.optimization_level,
         workspace_bytes=settings.workspace,
-        timing_cache=_timing_cache_file(context, gpu),
+        timing_cache=Path(settings.timing_cache) if settings.timing_cache is not None else None,
         require_timing_cache=settings.require_timing_cache,
         tactic_sources=settings.tactic_sources,
         auxiliary_streams=settings.auxiliary_streams,

@@ -100,6 +100,15 @@ def test_what_cannot_be_judged_does_not_pass(compiled: Any, project: Path) -> No
     assert "unknown, no engine was run on a GPU" in result.stderr
 
 
+def test_what_stands_in_for_an_engine_is_named(compiled: Any, project: Path) -> None:
+    flags = ("-t", "tensorrt-rtx", "--no-build", "--max-latency", "p99=60000")
+    result = compiled(*flags, "-o", project / "later.gpuopt")
+    assert result.code == 0, result.stderr
+    said = "no engine runs here: latency and throughput are those of model.onnx in ONNX Runtime on the CPU"
+    assert said in result.stderr
+    assert said in result.report()["warnings"]
+
+
 def test_what_auto_ships_is_measured_and_the_others_are_not(compiled: Any, project: Path) -> None:
     flags = ("-p", "auto", "--set", "speed.seconds=0.3", "--max-latency", "p99=60000", "-o", project / "auto.gpuopt")
     result = compiled(*flags)

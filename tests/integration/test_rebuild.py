@@ -44,7 +44,9 @@ def without(tmp_path: Path) -> Any:
 def test_an_engine_is_built_without_pytorch_and_onnx_runtime(gpuopt: Gpuopt, project: Path, without: Any) -> None:
     folder = project / "portable.gpuopt"
     arguments = ("-p", "fp16", "-t", "tensorrt-rtx", "--no-build", "-o", folder)
-    assert gpuopt("compile", project / "model.pt", *arguments).code == 0
+    made = gpuopt("compile", project / "model.pt", *arguments)
+    assert made.code == 0, made.stderr
+    assert f"none yet: 'gpuopt build {folder}' on the GPU's machine makes it from model.onnx" in made.stdout
     for module in ("onnxruntime", "torch"):
         env = without(module)
         result = gpuopt("build", folder, "-t", "tensorrt-rtx", "--no-cache", "--json", env=env)
@@ -119,6 +121,9 @@ def test_gates_are_judged_again_where_the_engine_is_built(gpuopt: Gpuopt, projec
     assert not failed.exists()
     once_more = gpuopt("build", folder, "-t", "tensorrt-rtx", "--json", "--set", "gates.max_engine_size=1GiB")
     assert not any("gate engine_size_bytes" in line for line in once_more.report()["warnings"])
+    # The engine lies in the cache by now, and was built without.
+    lacking = gpuopt("build", folder, "-t", "tensorrt-rtx", "--set", "build.timing_cache=t.bin")
+    assert (lacking.code, "TensorRT-RTX has no build.timing_cache" in lacking.stderr) == (2, True)
     assert gpuopt("check", folder).code == 0
     verified = gpuopt("verify", folder, "--json").report()
     assert {gate["name"] for gate in verified["gates"]} >= {"cosine", "sqnr_db", "verification_failures"}

@@ -168,8 +168,8 @@ def test_the_worst_of_a_quantized_graph_is_found(gpuopt: Gpuopt, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("nothing.onnx",), 2, "does not exist"),
-        (("model.onnx", "--against", "nothing.onnx"), 2, "does not exist"),
+        (("nothing.onnx",), 10, "No such file or directory"),
+        (("model.onnx", "--against", "nothing.onnx"), 10, "No such file or directory"),
         ((".",), 2, "no folder of a failed compilation"),
         (("model.onnx", "-t", "tensorrt-rtx", "-i", "x:2x8", "--plugin", "a.so"), 2, "no build.plugins"),
         (("model.onnx", "--replay"), 10, "cannot read"),

@@ -129,9 +129,10 @@ def test_tampering_is_noticed(made: Path, tamper: Callable[[Path], Any], said: s
     assert str(made) in caught.value.message
 
 
-def test_a_folder_that_is_not_there_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is not a gpuopt bundle"):
-        bundle.open_bundle(tmp_path / "absent")
+@pytest.mark.parametrize("opened", [bundle.open_bundle, bundle.open_subject], ids=lambda function: function.__name__)
+def test_a_path_that_is_not_there_is_told_so(opened: Callable[[Path], Any], tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"absent: No such file or directory"):
+        opened(tmp_path / "absent")
 
 
 def test_a_new_an_empty_and_a_bundle_folder_are_fit_destinations(made: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpuopt.durations import microseconds, written
+from gpuopt.durations import digits, microseconds, written
 from gpuopt.errors import UsageError
 
 
@@ -22,3 +22,10 @@ def test_what_is_none(text: str) -> None:
 @pytest.mark.parametrize(("found", "text"), [(0, "0 us"), (20, "20 us"), (1500, "1.5 ms"), (2_000_000, "2 s")])
 def test_written(found: float, text: str) -> None:
     assert written(found) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (0.012344, "0.01234"), (12.3456, "12.35"), (9999.6, "10000"), (18234.5, "18234")]
+)
+def test_digits(number: float, text: str) -> None:
+    assert digits(number, 4) == text

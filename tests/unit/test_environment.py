@@ -55,6 +55,9 @@ def test_a_target_without_its_package_is_refused_with_the_command(machine: Machi
     ) as e:
         environment.check_targets(["onnxruntime", "tensorrt-rtx"])
     assert e.value.hint == "Targets that can: onnxruntime."
+    with pytest.raises(RequirementError) as e:
+        environment.check_targets(["tensorrt-rtx"], instead=("tensorrt", "tensorrt-rtx"))
+    assert e.value.hint == "Targets that can: none."
 
 
 def test_tensorrt_needs_package_and_gpu(machine: Machine) -> None:

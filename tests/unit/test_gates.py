@@ -9,6 +9,7 @@ import pytest
 from gpuopt import errors, gates
 from gpuopt.errors import AccuracyError, ResourceError, SpeedError
 from gpuopt.report.model import GateReport, Report
+from gpuopt.tolerance import Limits, problem
 from tests.unit.report.samples import benchmark, gated, recipe
 from tests.unit.report.test_rendering import passing
 
@@ -74,6 +75,7 @@ def test_what_is_not_known_does_not_pass(key: str, limit: Any, name: str, reason
     error = gates.first_failure(report.gates)
     assert error is not None
     assert reason in error.message
+    assert "run it where the engine is built and runs, or drop the gate" in error.hint
     assert error.exit_code == gate.exit_code
 
 
@@ -224,3 +226,23 @@ def test_an_accuracy_budget_is_measured_by_the_compilation_alone() -> None:
     names = [gate.name for gate in gates.accuracy_gates(gated(asked), asked)]
     assert "cosine" in names
     assert "accuracy_drop" not in names
+
+
+def test_a_gate_of_an_engines_speed_says_when_the_cpu_stands_in() -> None:
+    limits: dict[str, Any] = {"gates__max_latency_ms": {"p99": 100}}
+    asked = recipe(**limits, build__target=["tensorrt-rtx", "onnxruntime"])
+    report = gated(asked)
+    assert by_name(report)["latency_p99_ms"][0].where == "batch 8, CPU, Example 9000"
+    assert gates.stand_ins(report, asked) == [gates.ON_THE_CPU]
+    assert gates.stand_ins(report, recipe(**limits)) == []
+    assert gates.stand_ins(report, recipe(build__target=["tensorrt-rtx", "onnxruntime"])) == []
+    engine = benchmark(target="tensorrt-rtx", file="model.tensorrt-rtx.engine")
+    assert gates.stand_ins(gated(asked, benchmarks=[engine]), asked) == []
+
+
+def test_a_cosine_close_to_its_limit_is_written_with_the_digits_that_tell_them_apart() -> None:
+    gate = by_name(gated(recipe()))["cosine"][0].model_copy(update={"value": 0.999999901, "limit": 0.9999999999})
+    assert gates.describe(gate).endswith(": 0.999999901, at least 0.9999999999")
+    figures = {"shape_equal": True, "finite": True, "agreement": None, "max_abs_error": 1.0, "sqnr_db": 80.0}
+    said = problem({**figures, "cosine": 0.999999901}, Limits(0.9999999999, 60.0, 0.9))
+    assert said == "cosine 0.999999901 is below 0.9999999999"

@@ -172,7 +172,7 @@ def test_a_lower_bound_holds_also_where_there_is_no_upper_one() -> None:
 def test_an_open_shape_says_how_to_give_it() -> None:
     error = refusal(stated=(OPEN,))
     assert error.message == "the shape of input 'x' (nx3) is open"
-    assert "--input x:" in error.hint
+    assert "--input x:1x3," in error.hint
     assert "is open" in refusal({"y": {"dtype": "int64"}}).message
 
 
@@ -253,6 +253,11 @@ def test_feeds_take_the_samples_where_there_are_some() -> None:
 def test_a_sample_that_cannot_fit_is_told_before_the_export() -> None:
     samples = [{"x": np.zeros((1, 3, 9, 8), np.float32)}]
     inputs = {"x": {"min": "1x3x8x8", "max": "4x3x8x16"}}
-    with pytest.raises(DataError, match="a calibration sample of 'x' is 1x3x9x8, the input 4x3x8x16"):
+    with pytest.raises(DataError, match="a calibration sample of 'x' is 1x3x9x8, the input 4x3x8x16") as caught:
         resolved(inputs, samples=samples)
+    assert "channels-last" not in caught.value.hint
+    with pytest.raises(DataError, match="a calibration sample of 'x' is 1x8x9x3") as caught:
+        resolved({"x": {"min": "1x3x8x9", "max": "4x3x8x9"}}, samples=[{"x": np.zeros((1, 8, 9, 3), np.float32)}])
+    assert "channels-last" in caught.value.hint
+    assert "--input-layout nhwc" in caught.value.hint
     assert resolved(inputs, samples=[{"x": np.zeros((1, 3, 8, 99), np.float32)}]).profiles, "a dynamic axis is cut"

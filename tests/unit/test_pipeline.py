@@ -328,6 +328,15 @@ def test_labels_of_random_samples_are_refused(here: Path) -> None:
         check_request(recipe(wanted), builds=False)
 
 
+@pytest.mark.parametrize("key", ["build.timing_cache", "build.require_timing_cache"])
+def test_an_option_that_the_library_lacks_is_refused_whatever_the_cache_holds(key: str, here: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    value, _ = KEYS[key]
+    with pytest.raises(UsageError, match=r"TensorRT-RTX has no build\.timing_cache"):
+        check_request(recipe({key: value}))
+    check_request(recipe({key: value, "build.enabled": False, "benchmark.enabled": "off"}))
+
+
 def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     found = {"onnx": "1.20", "torch": "2.8.0", "tensorrt-rtx-cu13": "1.4", "numpy": "2.0", "tensorrt": None}
     monkeypatch.setattr(environment, "version_of", found.get)

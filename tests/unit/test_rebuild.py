@@ -76,6 +76,8 @@ def test_tensorrt_with_a_gpu_comes_first_whatever_the_bundle_was_made_for(machin
     assert chosen(folder, "tensorrt-rtx").build.target == ("tensorrt-rtx", "onnxruntime")
     machine("onnxruntime", "tensorrt", "tensorrt_rtx", version=(10, 3), gpu=False)
     assert chosen(folder).build.target == ("tensorrt-rtx", "onnxruntime")
+    with pytest.raises(UsageError, match=r"model\.onnx, is in the bundle already"):
+        chosen(folder, "onnxruntime")
     machine("onnxruntime")
     with pytest.raises(UsageError, match="no engine can be built here"):
         chosen(folder)

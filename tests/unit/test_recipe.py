@@ -193,6 +193,14 @@ def test_value_bounds_in_the_wrong_order_are_refused(section: dict[str, float]) 
     assert "is above high" in error.message
 
 
+def test_a_budget_above_all_there_is_is_refused_but_for_a_metric_of_ones_own() -> None:
+    accuracy = {"max_drop": 50}
+    with pytest.raises(UsageError, match=r"max_drop 50 is 5000%, above all there is: write 0\.5%"):
+        recipe.resolve({"model": {"path": "m"}, "accuracy": accuracy})
+    own = recipe.resolve({"model": {"path": "m"}, "accuracy": {**accuracy, "metric": "a:b"}})
+    assert own.accuracy.max_drop == 50
+
+
 def test_a_further_profile_that_leaves_a_shape_open_is_refused() -> None:
     with pytest.raises(UsageError, match=r"profiles\.1 gives no shape for y"):
         resolve({**MINIMAL, "profiles": [{"x": {"opt": "1"}}, {"x": {"opt": "1"}, "y": {}}]}).extra_profiles()

@@ -168,6 +168,11 @@ def test_what_is_no_public_key_is_a_usage_error(signed: Path, given: str) -> Non
         check(signed, given)
 
 
+def test_a_key_file_that_is_not_there_is_told_so(signed: Path) -> None:
+    with pytest.raises(UsageError, match=r"release\.pub .*: there is no such file"):
+        check(signed, "release.pub")
+
+
 def test_a_file_that_holds_no_public_key_is_a_usage_error(signed: Path, key: Key, tmp_path: Path) -> None:
     for content in (b"", b"\xff\xfe", bytes(key.pair.secret_key), (signed / bundle.SIGNATURE_FILE).read_bytes()):
         (tmp_path / "wrong.pub").write_bytes(content)
@@ -222,7 +227,7 @@ def test_a_model_repository_is_made_of_signed_bundles(signed: Path, key: Key, tm
     for path in (root / "m", root / "e"):
         with pytest.raises(SignatureError):
             triton.check_config(signed, path, None, None, [], other)
-        with pytest.raises(StorageError, match="is not a gpuopt bundle"):
+        with pytest.raises(StorageError, match="No such file or directory"):
             triton.check_config(tmp_path / "none", path, None, None, [])
     assert triton.check_config(signed, root / "m", None, None, [], key.text).passed
 

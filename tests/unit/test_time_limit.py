@@ -23,6 +23,14 @@ def test_waiting_ends_when_the_time_is_up() -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+def test_the_hint_says_whether_anything_is_kept() -> None:
+    for resumes, words in ((True, "is in the cache"), (False, "--no-cache")):
+        with pytest.raises(TimeLimitError) as caught, time_limit.within(0.05, resumes):
+            time.sleep(20)
+        assert words in caught.value.hint
+        assert ("goes on from there" in caught.value.hint) == resumes
+
+
 def test_an_error_that_something_caught_is_raised_again() -> None:
     def caught_once() -> None:
         with contextlib.suppress(TimeLimitError):

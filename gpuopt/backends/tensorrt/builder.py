@@ -102,7 +102,7 @@ def build(
     """
     started = time.monotonic()
     trt = import_module(target)
-    limits.check(target, trt, options)
+    limits.check(target, str(trt.__version__), options)
     check_opset(target, trt, onnx_path)
     networks.load_plugins(trt, options.plugins)
     wanted, warnings = configuration.clamped_workspace(

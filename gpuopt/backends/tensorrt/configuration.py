@@ -9,6 +9,7 @@ from typing import Any
 
 from gpuopt.backends.tensorrt import network as networks
 from gpuopt.backends.tensorrt import timing_cache
+from gpuopt.backends.tensorrt.library import name_of
 from gpuopt.backends.tensorrt.limits import has_precision_flags
 from gpuopt.backends.tensorrt.log import library_log
 from gpuopt.backends.tensorrt.options import BuildOptions
@@ -61,7 +62,7 @@ def configure(
     if options.timing_iterations is not None:
         config.avg_timing_iterations = applied["timing_iterations"] = options.timing_iterations
     if options.tactic_sources:
-        _set_tactic_sources(trt, config, options.tactic_sources)
+        _set_tactic_sources(target, trt, config, options.tactic_sources)
         applied["tactic_sources"] = list(options.tactic_sources)
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -120,16 +121,18 @@ def _flags(options: BuildOptions) -> list[str]:
     return [name for name, wanted in asked.items() if wanted]
 
 
-def _set_tactic_sources(trt: ModuleType, config: Any, names: tuple[str, ...]) -> None:
+def _set_tactic_sources(target: str, trt: ModuleType, config: Any, names: tuple[str, ...]) -> None:
     known = trt.TacticSource.__members__
     unknown = [name for name in names if name.upper() not in known]
     if unknown:
         raise UsageError(
-            f"TensorRT {trt.__version__} has no tactic source '{unknown[0]}'", f"It has {', '.join(known)}."
+            f"{name_of(target)} {trt.__version__} has no tactic source '{unknown[0]}'", f"It has {', '.join(known)}."
         )
     mask = sum(1 << int(known[name]) for name in {name.upper() for name in names})
     if not config.set_tactic_sources(mask):
-        raise UsageError(f"TensorRT refuses the tactic sources {', '.join(names)}", f"It has {', '.join(known)}.")
+        raise UsageError(
+            f"{name_of(target)} refuses the tactic sources {', '.join(names)}", f"It has {', '.join(known)}."
+        )
 
 
 def _set_hardware_compatibility(trt: ModuleType, config: Any, wanted: str) -> None:

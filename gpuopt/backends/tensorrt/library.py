@@ -33,9 +33,19 @@ def import_module(target: str) -> ModuleType:
     return module
 
 
+def name_of(target: str) -> str:
+    """The library as NVIDIA calls it."""
+    return "TensorRT-RTX" if target == "tensorrt-rtx" else "TensorRT"
+
+
 def version(module: ModuleType) -> tuple[int, int]:
     """Major and minor version of TensorRT or TensorRT-RTX."""
-    major, minor = str(module.__version__).split(".")[:2]
+    return release(str(module.__version__))
+
+
+def release(stated: str) -> tuple[int, int]:
+    """Major and minor version of a stated one, as `8.5.3.1`."""
+    major, minor = stated.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt.library import is_strongly_typed, version
+from gpuopt.backends.tensorrt.library import is_strongly_typed, name_of, release
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.errors import RequirementError, UsageError
 
@@ -46,22 +46,25 @@ _LIMITS = (
 )
 
 
-def check(target: str, module: ModuleType, options: BuildOptions) -> None:
+def check(target: str, version: str, options: BuildOptions) -> None:
     """Refuse what this release cannot do.
+
+    Args:
+        version: of the target's library, as `8.5.3.1`.
 
     Raises:
         UsageError: names the option and the release that has it.
         RequirementError: TensorRT's calibrator is asked for where there is none.
     """
-    release = version(module)
+    present = release(version)
     for limit in _LIMITS:
         if not limit.given(options):
             continue
         if target == "tensorrt-rtx" and limit.rtx:
             raise UsageError(f"TensorRT-RTX has no {limit.key}: {limit.rtx}", "Leave it out, or build for tensorrt.")
-        if target == "tensorrt" and release < limit.since:
+        if target == "tensorrt" and present < limit.since:
             raise UsageError(
-                f"{limit.key} needs TensorRT {limit.since[0]}.{limit.since[1]} or newer; here is {module.__version__}",
+                f"{limit.key} needs TensorRT {limit.since[0]}.{limit.since[1]} or newer; here is {version}",
                 "Leave it out, or install a newer TensorRT.",
             )
     if target == "tensorrt" and options.compute_capabilities:
@@ -75,19 +78,18 @@ def check(target: str, module: ModuleType, options: BuildOptions) -> None:
             "Leave it out, or use --set quantize.quantizer=gpuopt.",
         )
     if options.calibration is not None:
-        check_calibrator(target, module)
+        check_calibrator(target, version)
 
 
-def check_calibrator(target: str, module: ModuleType) -> None:
+def check_calibrator(target: str, version: str) -> None:
     """Refuse TensorRT's own calibrator where there is none.
 
     Raises:
         RequirementError: TensorRT 11 or newer, or TensorRT-RTX.
     """
-    if target == "tensorrt-rtx" or version(module) >= (11, 0):
-        name = "TensorRT-RTX" if target == "tensorrt-rtx" else "TensorRT"
+    if target == "tensorrt-rtx" or release(version) >= (11, 0):
         raise RequirementError(
-            f"{name} {module.__version__} has no calibrator: it reads INT8 from Q/DQ in the graph",
+            f"{name_of(target)} {version} has no calibrator: it reads INT8 from Q/DQ in the graph",
             "Use gpuopt's Q/DQ (--set quantize.quantizer=gpuopt), or install TensorRT 8.5 to 10.",
         )
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from gpuopt import bundle, environment, time_limit
 from gpuopt.cache import Cache
 from gpuopt.errors import BuildError, GpuoptError, QuantizationError, RequirementError, StorageError, UsageError
-from gpuopt.pipeline import Runner
+from gpuopt.pipeline import STAGES, Runner, Step
 from gpuopt.progress import Silent
 from gpuopt.recipe import resolve
 from gpuopt.reduction import command, reproduction
@@ -24,6 +24,7 @@ from gpuopt.reduction.reproduction import Wish
 from gpuopt.reduction.subgraph import Pieces
 from gpuopt.request import Flags
 from gpuopt.shapes import ShapeRange
+from tests.unit.inspection import bundles
 
 PROFILE = {"x": ShapeRange((2, 8), (2, 8), (2, 8))}
 
@@ -143,6 +144,14 @@ def test_flags_go_over_a_failed_recipe_which_names_no_file_that_is_written(tmp_p
     assert mine.build.timing_cache == "mine"
 
 
+def test_a_failure_without_a_graph_says_why_in_one_line(tmp_path: Path) -> None:
+    recipe = resolve({"model": {"path": "x"}})
+    runner = Runner(recipe, Cache(tmp_path / "cache"), Silent(), "run")
+    runner.at_work = Step(next(stage for stage in STAGES if stage.name == "export"))
+    document = command.describe(recipe, runner, BuildError("it broke"), Wish(1), Silent(), tmp_path)
+    assert command.told_of(document) == "log and versions, and no graph (the export stage takes none)"
+
+
 def test_no_name_of_the_users_home_is_in_a_note(tmp_path: Path) -> None:
     message = f"cannot open {Path.home()}/networks/model.onnx"
     check = Check("build", resolve({"model": {"path": "x"}}), "tensorrt-rtx")
@@ -202,3 +211,16 @@ def test_a_failure_that_cannot_be_reduced_is_kept_as_log_and_versions(tmp_path: 
         assert time_limit.ends() is None
     assert document["error"]["message"] == caught.value.message
     assert document["why_no_graph"].startswith("the failure could not be reduced")
+
+
+def test_a_graph_of_a_bundle_has_the_shapes_it_was_compiled_for(tmp_path: Path) -> None:
+    graph = bundles.make(tmp_path / "a.gpuopt") / "model.onnx"
+    found = command._profile(graph, command.recipe_of(graph, Flags(), ()))
+    assert found == {"x": ShapeRange((1, 16, 8, 8), (4, 16, 8, 8), (8, 16, 8, 8))}
+    asked = command._profile(graph, command.recipe_of(graph, Flags(inputs=("x:64x16x8x8",)), ()))
+    assert asked["x"].max == (64, 16, 8, 8)
+    assert command._beside(graph) == tmp_path / "model.failure"
+    alone = shutil.copy(graph, tmp_path / "alone.onnx")
+    with pytest.raises(UsageError, match="is open") as caught:
+        command._profile(Path(alone), command.recipe_of(Path(alone), Flags(), ()))
+    assert "--input x:1x16x8x8" in caught.value.hint

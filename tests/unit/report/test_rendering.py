@@ -214,6 +214,13 @@ def test_agreement_within_a_batch_is_told_where_outputs_are_no_floats() -> None:
     assert told in markdown.render(report)
 
 
+def test_an_input_that_an_engine_takes_in_another_form_is_named_so() -> None:
+    facts = {"file": "model.tensorrt.engine", "options": {"io_formats": {"image": "fp16:hwc8"}}}
+    build = passing().stages[0].model_copy(update={"name": "build", "facts": facts})
+    shown = terminal.render(passing().model_copy(update={"stages": [*passing().stages, build]}), "out")
+    assert "image float32 1x3x8x8 .. 4x3x8x8 .. 8x3x8x8 (model.tensorrt.engine: fp16:hwc8)" in shown
+
+
 def test_a_report_survives_json() -> None:
     assert Report.model_validate_json(passing().model_dump_json()) == passing()
 

@@ -44,8 +44,16 @@ def test_the_table_is_aligned_and_says_what_is_undefined() -> None:
     assert lines[-3:] == [
         "all 3 nodes in INT8: output SQNR 7.0 dB, 75.0% of multiply-accumulates; 8 samples of npz e.npz",
         "costliest: a/long/name, b, c (75.0% of multiply-accumulates)",
-        "to keep them in FP16: --set 'quantize.nodes_to_exclude=[a/long/name,b,c]'",
+        "to keep a/long/name, b in FP16: --set 'quantize.nodes_to_exclude=[a/long/name,b]'",
     ]
+
+
+def test_nothing_is_to_be_kept_out_of_int8_where_it_costs_nothing_or_is_all_there_is() -> None:
+    found = document(layer(1, "a"), layer(2, "b"))
+    assert "to keep a in FP16" in sensitivity.conclusion(found)
+    assert "to keep" not in sensitivity.conclusion(document(layer(1, "a")))
+    found["whole"]["output_sqnr_db"] = 59.9
+    assert "to keep" not in sensitivity.conclusion(found)
 
 
 def test_outputs_that_became_nan_are_told() -> None:
@@ -62,9 +70,9 @@ def test_outputs_that_are_no_floats_are_told_by_their_agreement() -> None:
 
 @given(st.lists(st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1), min_size=1, max_size=3))
 def test_the_setting_names_these_nodes_whatever_they_are_called(names: list[str]) -> None:
-    found = document(*(layer(rank, name) for rank, name in enumerate(names, 1)))
+    found = document(*(layer(rank, name) for rank, name in enumerate([*names, "another"], 1)))
     last = sensitivity.conclusion(found).splitlines()[-1]
-    flag, setting = shlex.split(last.removeprefix("to keep them in FP16: "))
+    flag, setting = shlex.split(last.partition(" in FP16: ")[2])
     assert flag == "--set"
     key, patterns = parse_setting(setting)
     assert key == "quantize.nodes_to_exclude"

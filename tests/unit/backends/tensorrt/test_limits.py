@@ -36,7 +36,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 
 
 def release(version: str) -> ModuleType:
-    """A stand-in that has nothing but a version, which is all that `limits` looks at."""
+    """A stand-in that has nothing but a version, which is all that is looked at."""
     module = ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
     return module
@@ -47,17 +47,17 @@ def test_an_option_that_a_release_lacks_is_refused(
     target: str, version: str, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        limits.check(target, release(version), BuildOptions(**options))
+        limits.check(target, version, BuildOptions(**options))
     assert caught.value.hint
-    limits.check(target, release(version), BuildOptions())
+    limits.check(target, version, BuildOptions())
 
 
 @pytest.mark.parametrize(("target", "version"), [("tensorrt", "11.0.1"), ("tensorrt", "11.4.0.106"), (RTX, "1.7")])
 def test_the_native_calibrator_is_refused_where_there_is_none(target: str, version: str) -> None:
     with pytest.raises(RequirementError, match="has no calibrator: it reads INT8 from Q/DQ"):
-        limits.check(target, release(version), BuildOptions(calibration=CALIBRATION))
-    limits.check("tensorrt", release("8.5.3.1"), BuildOptions(calibration=CALIBRATION))
-    limits.check("tensorrt", release("10.16.1"), BuildOptions(calibration=CALIBRATION))
+        limits.check(target, version, BuildOptions(calibration=CALIBRATION))
+    limits.check("tensorrt", "8.5.3.1", BuildOptions(calibration=CALIBRATION))
+    limits.check("tensorrt", "10.16.1", BuildOptions(calibration=CALIBRATION))
 
 
 def test_precision_is_in_flags_where_networks_are_not_strongly_typed() -> None:
