@@ -5,7 +5,7 @@
 Each surface (a reader of bytes that gpuopt did not write) reads files in a process of its own for so many seconds:
 valid ones, damaged by their form: bytes, JSON and YAML trees, headers, ONNX graphs, members of archives. A finding is
 an exception that is no error of gpuopt's, a message of more than three lines, 20 seconds for one file, more memory than
-the README's limit, a started process, a connection, an unpickled call, or a change outside of the folder. A
+the documented limit, a started process, a connection, an unpickled call, or a change outside of the folder. A
 library that crashes ends a process; `crashes` counts that: in gpuopt's worker it takes a stage along and no more.
 
 With --atheris, the Python of an environment that has atheris and gpuopt's packages, the pure-Python readers are fuzzed

@@ -1,6 +1,6 @@
 """Signatures of bundles: minisign's, over the manifest, which holds the SHA-256 of everything else.
 
-They are made with minisign's own command; see the README. Checking needs the package py-minisign, no network.
+They are made with minisign's own command; see docs/commands.md. Checking needs the package py-minisign, no network.
 """
 
 from __future__ import annotations

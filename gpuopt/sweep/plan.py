@@ -154,7 +154,7 @@ def read(path: Path) -> SweepFile:
         where = ".".join(map(str, first["loc"]))
         rule = first["msg"].removeprefix("Value error, ")
         raise UsageError(
-            f"{path}: {one_line(where)}: {one_line(rule)}", "The README's section on 'gpuopt sweep' has an example."
+            f"{path}: {one_line(where)}: {one_line(rule)}", "docs/commands.md has an example, at 'gpuopt sweep'."
         ) from error
 
 

@@ -30,7 +30,7 @@ class Surface:
         read: reads the file at a path as gpuopt does.
         torch: whether the reader needs torch, whose import takes seconds.
         is_python: whether most of the reader is gpuopt's own Python, so that its coverage tells something.
-        most_bytes: how much memory reading one file may take. The README states these limits.
+        most_bytes: how much memory reading one file may take. docs/hostile-files-and-faults.md states these limits.
     """
 
     name: str

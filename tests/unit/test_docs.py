@@ -15,18 +15,21 @@ from tests.conftest import Gpuopt
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs/commands.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 GOLDEN = ROOT / "tests/golden"
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_every_command_has_its_section() -> None:
-    documented = re.findall(r"^### `gpuopt ([\w-]+)`", README, re.MULTILINE)
+    documented = re.findall(r"^### `gpuopt ([\w-]+)`", REFERENCE, re.MULTILINE)
     assert sorted(documented) == COMMANDS
+    assert sorted(re.findall(r"^\| \[`gpuopt ([\w-]+)`\]", README, re.MULTILINE)) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_a_command_is_in_its_section(command: str) -> None:
-    section = README.split(f"### `gpuopt {command}`")[1].split("\n### ")[0].split("\n## ")[0]
+    section = REFERENCE.split(f"### `gpuopt {command}`")[1].split("\n### ")[0].split("\n## ")[0]
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
     for parameter in parameters:
         if parameter.param_type_name == "option":
@@ -66,6 +69,23 @@ def test_the_help_text_is_the_golden_one(command: str, gpuopt: Gpuopt, request: 
     assert shown == golden.read_text()
 
 
+def _anchors(path: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#{1,6} (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_within_the_documents_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), target
+
+
 def test_no_document_names_this_machine() -> None:
-    for path in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *(ROOT / "recipes").iterdir()]:
+    for path in [*DOCUMENTS, *(ROOT / "recipes").iterdir()]:
         assert not re.search(r"/(root|work|home)/", path.read_text()), path
