@@ -111,7 +111,10 @@ class Served:
         if all(r.min[0] == 1 for profile in self.profiles for r in profile.values()):
             for tensor in self.outputs:
                 if tensor.name not in independent:
-                    return f"rows of output '{tensor.name}' depend on each other in the original model"
+                    return (
+                        f"rows of output '{tensor.name}' depend on each other in the original model, or were not shown "
+                        "to be independent"
+                    )
         return ""
 
     @property

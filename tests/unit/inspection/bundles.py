@@ -109,7 +109,8 @@ def make(
     engine_record.write(files / ENGINE, engine or record())
     inputs = (TensorSpec("x", "float32", ("batch", 16, 8, 8)),)
     profile = {"x": ShapeRange((1, 16, 8, 8), (4, 16, 8, 8), (8, 16, 8, 8))}
-    feeds = {corner.name: {"x": np.zeros(corner.shapes["x"], np.float32)} for corner in corners([profile])}
+    generator = np.random.default_rng(0)
+    feeds = {c.name: {"x": generator.standard_normal(c.shapes["x"], np.float32)} for c in corners([profile])}
     (files / "reference").mkdir()
     reference.record(
         files / "reference", Interface(inputs, ("y",), (profile,)), lambda feed: [feed["x"]], feeds, "ONNX"
