@@ -11,6 +11,7 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.comparison import SAME, first_difference
 from gpuopt.errors import GpuoptError, described
+from gpuopt.lowering import lowered
 from gpuopt.stages.context import StageContext
 
 
@@ -47,7 +48,7 @@ def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
     copy.CopyFrom(model)
     path = context.output / "onnx" / ONNX_FILE
     try:
-        _finish(onnxslim.slim(copy), context)
+        _finish(onnxslim.slim(lowered(copy)), context)
         onnx_model.check(path)
         stored = reference.load(context.folder("reference"))
         difference = first_difference(Session(path), stored, SAME)
