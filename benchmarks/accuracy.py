@@ -1,6 +1,6 @@
 """Held-out accuracy of INT8: gpuopt beside onnxruntime.quantization and nvidia-modelopt, on the same networks and data.
 
-    benchmarks/peers/setup_modelopt.sh              # once: modelopt's own environment
+    benchmarks/peers/setup.sh modelopt              # once: modelopt's own environment
     python benchmarks/accuracy.py                   # everything that is not measured yet, then the tables
     python benchmarks/accuracy.py --only gpuopt     # after a change of gpuopt: its rows again, the others as they are
     python benchmarks/accuracy.py --only fp32 onnxruntime modelopt gpuopt     # all again, with the trained weights
@@ -383,7 +383,7 @@ def main() -> None:
         flags[f"gpuopt-{name}"] = text.split()
     methods += flags
     if not bench.modelopt_python.exists():
-        say(f"no {bench.modelopt_python}: modelopt is left out (benchmarks/peers/setup_modelopt.sh makes it)")
+        say(f"no {bench.modelopt_python}: modelopt is left out (benchmarks/peers/setup.sh modelopt makes it)")
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for network in options.networks or (QUICK_NETWORKS if options.quick else NETWORKS):
         rows[network] = {}

@@ -324,7 +324,7 @@ def measure_peers(keys: Sequence[str], bench: Bench) -> None:
     able = [peer for peer in PEERS if bench.python[peer].exists()]
     for peer in PEERS:
         if peer not in able:
-            print(f"no {bench.python[peer]}: {peer} is left out (benchmarks/peers/setup_{peer}.sh)", file=sys.stderr)
+            print(f"no {bench.python[peer]}: {peer} is left out (benchmarks/peers/setup.sh {peer})", file=sys.stderr)
     listener = progress.choose(False)
     with listener.stage("peers"):
         for done, key in enumerate(keys, 1):

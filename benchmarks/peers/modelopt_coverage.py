@@ -1,4 +1,4 @@
-"""Convert an FP32 ONNX graph by nvidia-modelopt; runs in modelopt's own environment (`setup_modelopt.sh`).
+"""Convert an FP32 ONNX graph by nvidia-modelopt; runs in modelopt's own environment (`setup.sh modelopt`).
 
     PYTHON benchmarks/peers/modelopt_coverage.py FP32-BUNDLE OUTPUT.onnx fp16|int8 SAMPLES
 

@@ -1,4 +1,4 @@
-"""Quantize an ONNX file by nvidia-modelopt; runs in modelopt's own environment (`setup_modelopt.sh`).
+"""Quantize an ONNX file by nvidia-modelopt; runs in modelopt's own environment (`setup.sh modelopt`).
 
     PYTHON benchmarks/peers/modelopt_int8.py MODEL.onnx CALIBRATION.npz OUTPUT.onnx [entropy|max] [fp32|fp16]
 

@@ -1,4 +1,4 @@
-"""Convert an FP32 ONNX graph by Olive; runs in Olive's own environment (`setup_olive.sh`).
+"""Convert an FP32 ONNX graph by Olive; runs in Olive's own environment (`setup.sh olive`).
 
     PYTHON benchmarks/peers/olive_coverage.py FP32-BUNDLE OUTPUT.onnx fp16|int8 SAMPLES
 
