@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -25,12 +24,15 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
-    shapes = {value.name: _sizes(value) for value in (*graph.value_info, *graph.input)}
+    types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
     for position, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "Col2Im" or node.domain or not {node.input[1], node.input[2]} <= constants.keys():
+        if node.op_type != "Col2Im" or node.domain:
             continue
-        image, block = (numpy_helper.to_array(constants[name]).tolist() for name in node.input[1:3])
-        made = _col2im(node, image, block, shapes.get(node.input[0], ()), graph)
+        data, *sizes = node.input
+        if data not in types or not set(sizes) <= constants.keys():
+            continue
+        image, block = (numpy_helper.to_array(constants[name]).tolist() for name in sizes)
+        made = _col2im(node, image, block, types[data], graph)
         if made:
             graph.node.remove(node)
             for offset, new in enumerate(made):
@@ -42,16 +44,17 @@ def _is_constant(node: onnx.NodeProto) -> bool:
     return node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value"
 
 
-def _sizes(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    """Of a tensor; 0 for what is open."""
-    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
 def _col2im(
-    node: onnx.NodeProto, image: Sequence[int], block: Sequence[int], shape: Sequence[int], graph: onnx.GraphProto
+    node: onnx.NodeProto,
+    image: Sequence[int],
+    block: Sequence[int],
+    data: onnx.TypeProto.Tensor,
+    graph: onnx.GraphProto,
 ) -> list[onnx.NodeProto]:
+    # 0 is an open size.
+    shape = [dim.dim_value for dim in data.shape.dim]
     places = int(np.prod(block))
-    if len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
+    if not data.elem_type or len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
         return []
     settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     strides, dilations = settings.get("strides", [1, 1]), settings.get("dilations", [1, 1])
@@ -60,9 +63,7 @@ def _col2im(
     rooms = [size + pads[a] + pads[a + 2] - span for a, (size, span) in enumerate(zip(image, spans, strict=True))]
     counts = [room // stride + 1 for room, stride in zip(rooms, strides, strict=True)]
     left = [room % stride for room, stride in zip(rooms, strides, strict=True)]
-    dtype = _dtype(node.input[0], graph)
-    if dtype is None:
-        return []
+    dtype = helper.tensor_dtype_to_np_dtype(data.elem_type)
     weights = np.tile(np.eye(places, dtype=dtype).reshape(places, 1, *block), (channels, 1, 1, 1))
     names = {part: f"{node.name or node.output[0]}/{part}" for part in ("grid", "shape", "weights")}
     # 0 is the batch, as it comes.
@@ -78,9 +79,3 @@ def _col2im(
             output_padding=left,
         ),
     ]  # fmt: skip
-
-
-def _dtype(name: str, graph: onnx.GraphProto) -> Any:
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input)}
-    kind = kinds.get(name, 0)
-    return helper.tensor_dtype_to_np_dtype(kind) if kind else None

@@ -67,6 +67,22 @@ def test_col2im_becomes_a_transposed_convolution(image: list[int], block: list[i
     np.testing.assert_allclose(run(made, x), run(model, x), rtol=1e-6, atol=1e-6)
 
 
+def test_sizes_that_nodes_give_are_constant_too() -> None:
+    model = col2im(9, [6, 6], [2, 2], strides=[2, 2])
+    sizes = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
+    nodes = [*sizes, *model.graph.node]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    made = lowering.lowered(model)
+    assert [node.op_type for node in made.graph.node if node.op_type != "Constant"] == [
+        "Relu",
+        "Reshape",
+        "ConvTranspose",
+    ]
+    x = np.random.default_rng(0).standard_normal((2, 12, 9)).astype(np.float32)
+    np.testing.assert_allclose(run(made, x), run(model, x), rtol=1e-6, atol=1e-6)
+
+
 def test_what_has_no_constant_sizes_or_one_axis_is_left() -> None:
     for model in (col2im(9, [6, 6], [2, 2], constant=False, strides=[2, 2]), col2im(4, [6], [3])):
         assert "Col2Im" in {node.op_type for node in lowering.lowered(model).graph.node}
