@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpuopt.errors import EngineError
+from gpuopt.errors import EngineError, first_problem
 from gpuopt.shapes import Profile, ShapeRange, TensorSpec, format_shape, parse_shape
 from gpuopt.storage import read_bytes, write_text
 
@@ -140,9 +140,7 @@ def read(engine: Path) -> EngineRecord:
     try:
         return EngineRecord.model_validate_json(read_bytes(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise EngineError(
-            f"{path.name} is not the record of an engine: {where}: {first['msg']}",
+            f"{path.name} is not the record of an engine: {first_problem(error)}",
             "Copy the engine and its record again.",
         ) from error

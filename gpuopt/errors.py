@@ -7,7 +7,10 @@ test keeps the two equal.
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _MOST_CHARACTERS = 300
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -24,6 +27,13 @@ def one_line(error: BaseException | str) -> str:
 def described(error: BaseException) -> str:
     """An error's type and text on one line."""
     return f"{type(error).__name__}: {one_line(error)}"
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing that pydantic found stands, and the rule that it breaks, on one line."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the document"
+    return f"{one_line(where)}: {one_line(first['msg'].removeprefix('Value error, '))}"
 
 
 class GpuoptError(Exception):

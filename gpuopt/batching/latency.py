@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpuopt.batching.batcher import QUANTILES, Service
 from gpuopt.bench.report import BenchReport, Row
-from gpuopt.errors import DataError, UsageError
+from gpuopt.errors import DataError, UsageError, first_problem
 from gpuopt.storage import storage_errors
 
 _TABLE_HELP = (
@@ -139,9 +139,7 @@ def _of_table(path: Path, document: Any) -> Latencies:
     try:
         table = _Table.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {where or 'the document'}: {first['msg']}", _TABLE_HELP) from error
+        raise DataError(f"{path}: {first_problem(error)}", _TABLE_HELP) from error
     batches = {
         size: {50.0: times} if isinstance(times, float) else {_percent(path, p): t for p, t in times.items()}
         for size, times in table.batches.items()
@@ -184,9 +182,7 @@ def _of_report(path: Path, document: Any) -> Latencies:
     try:
         report = BenchReport.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is no report of gpuopt bench: {where}: {first['msg']}", _TABLE_HELP) from error
+        raise DataError(f"{path} is no report of gpuopt bench: {first_problem(error)}", _TABLE_HELP) from error
     rows = [row for row in report.rows if not row.failed]
     batches = {row.batch: _percentiles(row) for row in rows if row.group == "batches" and row.latency_ms}
     if not batches:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gpuopt.durations import digits, written
-from gpuopt.errors import DataError
+from gpuopt.errors import DataError, first_problem
 from gpuopt.storage import storage_errors
 
 
@@ -143,10 +143,8 @@ def read(path: Path) -> PlanReport:
         with storage_errors("read", path):
             return PlanReport.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"{path} is no plan: {where}: {first['msg']}", "Name what 'gpuopt plan-batching --output' wrote."
+            f"{path} is no plan: {first_problem(error)}", "Name what 'gpuopt plan-batching --output' wrote."
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpuopt.errors import StorageError, one_line
+from gpuopt.errors import StorageError, first_problem
 from gpuopt.storage import read_bytes
 
 
@@ -198,8 +198,4 @@ def read_report(path: Path, hint: str = "Copy the bundle again, or compile again
     try:
         return Report.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise StorageError(
-            f"{path} is no report of this gpuopt: {one_line(where)}: {one_line(first['msg'])}", hint
-        ) from error
+        raise StorageError(f"{path} is no report of this gpuopt: {first_problem(error)}", hint) from error

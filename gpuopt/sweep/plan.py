@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from gpuopt.errors import UsageError, one_line
+from gpuopt.errors import UsageError, first_problem
 from gpuopt.recipe import AskedPrecision, MemorySize, Recipe, Target, load, resolve
 from gpuopt.shapes import format_shape, parse_shape
 
@@ -150,11 +150,8 @@ def read(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        rule = first["msg"].removeprefix("Value error, ")
         raise UsageError(
-            f"{path}: {one_line(where)}: {one_line(rule)}", "docs/commands.md has an example, at 'gpuopt sweep'."
+            f"{path}: {first_problem(error)}", "docs/commands.md has an example, at 'gpuopt sweep'."
         ) from error
 
 
