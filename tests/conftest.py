@@ -29,6 +29,11 @@ class Run:
         return document
 
 
+def python_path(*first: Path) -> str:
+    """PYTHONPATH with these folders in front. It has no empty part: that would stand for the current folder."""
+    return os.pathsep.join(filter(None, (*map(str, first), os.environ.get("PYTHONPATH"))))
+
+
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.conftest import python_path
 from tests.gpu.networks import images, residual_network
 
 SHAPES = ("--min-shapes", "image:1x3x32x32", "--opt-shapes", "image:4x3x32x32", "--max-shapes", "image:8x3x32x32")
@@ -29,14 +30,13 @@ class Commands:
         np.savez(folder / "calibration.npz", image=images(64))
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return subprocess.run(
             [sys.executable, "-m", "gpuopt", *arguments],
             capture_output=True,
             text=True,
             check=False,
             cwd=self.folder,
-            env={**os.environ, "GPUOPT_CACHE_DIR": str(self.folder / "cache"), "PYTHONPATH": path},
+            env={**os.environ, "GPUOPT_CACHE_DIR": str(self.folder / "cache"), "PYTHONPATH": python_path(ROOT)},
         )
 
     def compile(

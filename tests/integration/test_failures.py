@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Gpuopt
+from tests.conftest import Gpuopt, python_path
 from tests.integration import small
 
 
@@ -151,7 +151,7 @@ def test_without_onnxslim_the_graph_stays_as_it_is_with_a_warning(
         "importlib.util.find_spec = lambda name, *a: None if name == 'onnxslim' else found(name, *a)\n"
     )
     own = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": python_path(hook),
         "GPUOPT_CACHE_DIR": str(hook),
     }
     result = gpuopt("compile", project / "model.pt", "-p", "fp32", "-t", "onnxruntime", "--json", env=own)

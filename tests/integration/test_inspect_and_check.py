@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Gpuopt
+from tests.conftest import Gpuopt, python_path
 from tests.integration import small
 
 pytest.importorskip("tensorrt_rtx")
@@ -143,7 +142,7 @@ def test_a_whole_bundle_is_checked_without_torch_and_runtimes(
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nfor name in {HEAVY}:\n    sys.modules[name] = None\n"
     )  # fmt: skip
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+    env = {"PYTHONPATH": python_path(tmp_path)}
     for folder in (int8, fp16):
         result = gpuopt("check", folder, env=env)
         assert result.code == 0, result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from gpuopt import bundle
-from tests.conftest import Gpuopt
+from tests.conftest import Gpuopt, python_path
 from tests.integration import small
 
 pytest.importorskip("tensorrt_rtx")
@@ -36,7 +35,7 @@ def without(tmp_path: Path) -> Any:
             f"importlib.util.find_spec = lambda name, *a: None if name == '{module}' else found(name, *a)\n"
             f"sys.modules['{module}'] = None\n"
         )
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+        return {"PYTHONPATH": python_path(tmp_path)}
 
     return make
 

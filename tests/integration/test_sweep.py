@@ -23,7 +23,7 @@ import yaml
 from gpuopt import bundle, request
 from gpuopt.sweep import cluster as sweep_cluster
 from gpuopt.sweep.results import Row
-from tests.conftest import Gpuopt, Run
+from tests.conftest import Gpuopt, Run, python_path
 from tests.unit.quantization.graphs import depthwise_block
 from tests.unit.sweep.test_task import shadow_libraries, task
 
@@ -179,9 +179,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     packages = tmp_path_factory.mktemp("packages")
     have_pycuda(packages, "1.0")
     with pytest.MonkeyPatch.context() as on_nodes:
-        # No empty part: it would stand for the current folder, a hostile one in other tests.
-        path = filter(None, (str(packages), str(ROOT), os.environ.get("PYTHONPATH")))
-        on_nodes.setenv("PYTHONPATH", os.pathsep.join(path))
+        on_nodes.setenv("PYTHONPATH", python_path(packages, ROOT))
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for gpu in ("A100", "A100", "T4"):
             made.node_of_another_gpu = made.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{gpu}": 1})
