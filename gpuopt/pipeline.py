@@ -500,9 +500,8 @@ class Runner:
         if not isinstance(known, dict):
             return None
         package = (function or "").partition(":")[0].partition(".")[0]
-        try:
-            hashes = {file: sha256_file(Path(file)) for file in known["files"]}
-        except OSError:
+        hashes = _hashes(known["files"])
+        if len(hashes) < len(known["files"]):
             return None
         versions = {package: environment.version_of(package)} if package else {}
         versions |= {name: environment.version_of(name) for name in known["distributions"]}
@@ -511,8 +510,7 @@ class Runner:
     def _code_files(self, stage: Stage) -> Mapping[str, str]:
         """Hashes of the files that the user's code was made of when it ran last, as far as they are here."""
         known = self.cache.recall("sources", self._code(stage)) if {"model", "metric"} & set(stage.sources) else None
-        files = [Path(name) for name in known["files"]] if isinstance(known, dict) else []
-        return {str(file): sha256_file(file) for file in files if file.is_file()}
+        return _hashes(known["files"]) if isinstance(known, dict) else {}
 
     def _code(self, stage: Stage) -> str:
         """What the user's code that a stage runs is remembered by."""
@@ -796,6 +794,15 @@ def _check_evaluation(recipe: Recipe) -> None:
             f"labels '{labels}' are neither a file nor an array of the evaluation data",
             "Give --labels PATH.npy, or the name of an array in the .npz of --evaluation-data.",
         )
+
+
+def _hashes(files: Sequence[str]) -> dict[str, str]:
+    """Of those that can be read."""
+    found = {}
+    for name in files:
+        with contextlib.suppress(OSError):
+            found[name] = sha256_file(Path(name))
+    return found
 
 
 _CLOCK_STEP = 0.02
