@@ -197,7 +197,7 @@ def _compared(
             worst = min(known, key=lambda row: float(row[name]))
             yield _at_least(name, file, worst[name], limit, unit, where=_corner(worst))
     if invariance.get("checked"):
-        value, limit = invariance["worst_relative_error"], limits["batch_tolerance"]
+        value, limit = invariance["worst_relative_error"], invariance.get("tolerance", limits["batch_tolerance"])
         # JSON has no infinity.
         if value is None or not math.isfinite(value):
             yield _failed("batch_relative_error", file, limit, "at most", "", "NaN or infinity in a batch")

@@ -30,7 +30,7 @@ class OutputFigures(TypedDict):
 
 @with_config(_CLOSED)
 class LimitFigures(TypedDict):
-    """What outputs had to reach."""
+    """What outputs had to reach; `batch_tolerance` is the precision's, `BatchInvariance.tolerance` what was allowed."""
 
     min_cosine: float
     min_sqnr_db: float
@@ -46,6 +46,7 @@ class BatchInvariance(TypedDict):
     reason: NotRequired[str]
     batch: NotRequired[int]
     worst_relative_error: NotRequired[float | None]
+    tolerance: NotRequired[float]
     lowest_agreement: NotRequired[float]
     failures: NotRequired[list[str]]
 

@@ -90,7 +90,9 @@ def prove(
                         failures.append(f"{path.name}, output '{name}' at {corner.name}: {found}")
         invariance: dict[str, Any] = {"checked": False, "reason": "not asked for"}
         if settings.batch_invariance:
-            invariance = batch_invariance(_AnyShape(engine), stored, tolerance, limits.min_agreement)
+            invariance = batch_invariance(
+                _AnyShape(engine), stored, tolerance, limits.min_agreement, is_coarse=precision == "int8"
+            )
             failures += [f"{path.name}, {failure}" for failure in invariance.get("failures", [])]
         repeats_equal = _repeats_equal(engine, stored)
         if not repeats_equal:

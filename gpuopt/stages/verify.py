@@ -95,7 +95,9 @@ def check(
             if found := problem(figures, limits):
                 failures.append(f"{graph}, output '{figures['output']}' at {figures['corner']}: {found}")
         if settings.batch_invariance:
-            invariance[graph] = batch_invariance(session, stored, tolerance, limits.min_agreement)
+            invariance[graph] = batch_invariance(
+                session, stored, tolerance, limits.min_agreement, is_coarse=precision == "int8"
+            )
             failures += [f"{graph}, {failure}" for failure in invariance[graph].get("failures", [])]
     return {
         "runtime": "onnxruntime",

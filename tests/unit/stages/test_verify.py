@@ -195,6 +195,7 @@ def test_an_equal_graph_passes(tmp_path: Path) -> None:
         "checked": True,
         "batch": 4,
         "worst_relative_error": 0.0,
+        "tolerance": 0.0001,
         "failures": [],
     }
 
@@ -337,6 +338,25 @@ def test_infinity_in_equal_places_is_invariant(tmp_path: Path) -> None:
     result = batch_invariance(Answers(moving), found, 1e-4, 0.99)
     assert result["worst_relative_error"] == math.inf
     assert result["failures"]
+
+
+@pytest.mark.parametrize(("batch_error", "failures"), [(0.08, 0), (0.11, 2)])
+def test_coarse_rounding_may_differ_in_a_batch_by_twice_what_it_is_alone(
+    tmp_path: Path, batch_error: float, failures: int
+) -> None:
+    def double(feed: Mapping[str, Any]) -> Sequence[Any]:
+        return [feed["x"] * 2]
+
+    def rounded(feed: Mapping[str, Any]) -> Sequence[Any]:
+        (y,) = double(feed)
+        error = 0.05 if len(y) == 1 else 0.05 - batch_error
+        return [y + error * np.abs(y).max(axis=1, keepdims=True)]
+
+    found = stored(tmp_path / "stored", double)
+    result = batch_invariance(Answers(rounded), found, 0.05, 0.99, is_coarse=True)
+    assert result["tolerance"] == pytest.approx(0.1, rel=1e-5)
+    assert len(result["failures"]) == failures
+    assert len(batch_invariance(Answers(rounded), found, 0.05, 0.99)["failures"]) == 2
 
 
 @pytest.mark.parametrize(("flipped", "failures"), [(1, 0), (20, 2)])
