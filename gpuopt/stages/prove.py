@@ -29,11 +29,9 @@ from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.stages.verify import BATCH_TOLERANCE, limits_of
 from gpuopt.storage import write_json
-from gpuopt.tolerance import Limits, problem
+from gpuopt.tolerance import problem
 
 PROOF_FILE = "proof.json"
-_TF32_LIMITS = Limits(min_cosine=0.9999, min_sqnr_db=40.0, min_agreement=0.99)
-_TF32_BATCH_TOLERANCE = 5e-3
 _REPEATS = 3
 _TIMED_ITERATIONS = 20
 
@@ -71,8 +69,10 @@ def prove(
         RequirementError: pycuda, the library or the GPU is missing.
     """
     record = engine_record.read(path)
-    limits = _limits(settings, precision, record.tf32)
-    tolerance = _TF32_BATCH_TOLERANCE if precision == "fp32" and record.tf32 else BATCH_TOLERANCE[precision]
+    # TF32 has FP16's ten bits of mantissa, and cuts where FP16 rounds: a MobileNetV3 came to 34 dB with it on an H100,
+    # and to 45 dB in FP16.
+    judged_as: Precision = "fp16" if precision == "fp32" and record.tf32 else precision
+    limits, tolerance = limits_of(settings, judged_as), BATCH_TOLERANCE[judged_as]
     failures: list[str] = []
     warnings: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -119,18 +119,6 @@ def prove(
         "coverage": asdict(inspector.coverage(found_layers, times)),
         "layers": [_layer_row(layer, times) for layer in found_layers],
     }
-
-
-def _limits(settings: VerifySection, precision: Precision, tf32: bool) -> Limits:
-    """The recipe's limits; an FP32 engine that multiplies with ten bits of mantissa has its own standard ones."""
-    asked = limits_of(settings, precision)
-    if precision != "fp32" or not tf32:
-        return asked
-    return Limits(
-        asked.min_cosine if settings.min_cosine is not None else _TF32_LIMITS.min_cosine,
-        asked.min_sqnr_db if settings.min_sqnr_db is not None else _TF32_LIMITS.min_sqnr_db,
-        asked.min_agreement,
-    )
 
 
 class _AnyShape:
