@@ -48,9 +48,13 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """`GPUOPT_CACHE_DIR`, else `gpuopt` in the user's cache folder (XDG Base Directory rules)."""
-    if folder := os.environ.get("GPUOPT_CACHE_DIR"):
-        return Path(folder)
+    """`GPUOPT_CACHE_DIR`, else `users_folder`."""
+    folder = os.environ.get("GPUOPT_CACHE_DIR")
+    return Path(folder) if folder else users_folder()
+
+
+def users_folder() -> Path:
+    """`gpuopt` in the user's cache folder (XDG Base Directory rules)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuopt"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from gpuopt import environment
-from gpuopt.cache import default_folder
+from gpuopt.cache import users_folder
 from gpuopt.progress import Progress
 
 _SECONDS_BETWEEN_TRIES = 0.05
@@ -19,8 +19,9 @@ _SECONDS_BETWEEN_TRIES = 0.05
 def gpu_turn(progress: Progress, index: int = 0) -> Iterator[float]:
     """For a block, be the only gpuopt of this user at work on a GPU; waits for the one before.
 
-    It is a lock on a file in gpuopt's default cache folder, named by the GPU's PCI bus address; the system lets it go
-    with the process, however that ends. Without a GPU, or where no file can be locked, there is no waiting.
+    It is a lock on a file in the user's cache folder, wherever gpuopt's cache is: jobs with a cache each share the GPU.
+    The file is named by the GPU's PCI bus address; the system lets the lock go with the process, however that ends.
+    Without a GPU, or where no file can be locked, there is no waiting.
 
     Args:
         index: of the GPU, among those that the process sees.
@@ -33,7 +34,7 @@ def gpu_turn(progress: Progress, index: int = 0) -> Iterator[float]:
         waited = 0.0
         if address:
             with contextlib.suppress(OSError):
-                folder = default_folder()
+                folder = users_folder()
                 folder.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((folder / f"gpu-{address.replace(':', '-')}.lock").open("ab"))
                 waited = _lock(file, progress)

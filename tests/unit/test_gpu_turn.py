@@ -27,9 +27,10 @@ class Heard(Silent):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GPUOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GPUOPT_CACHE_DIR", str(tmp_path / "of this job"))
     monkeypatch.setattr(environment, "pci_bus_address", lambda index=0: f"0000:0{index + 1}:00.0")
-    return tmp_path / "cache"
+    return tmp_path / "gpuopt"
 
 
 def _hold(started: Any, seconds: float) -> None:
