@@ -447,7 +447,10 @@ def _digest(kind: str, document: Mapping[str, Any]) -> Any:
         facts: Mapping[str, Any] = next((s["facts"] for s in document.get("stages", []) if s["name"] == "build"), {})
         if document.get("status") != "passed":
             error = document.get("error") or {}
-            return {"status": "failed", "kind": error.get("kind"), "exit_code": error.get("exit_code")}
+            return {
+                "status": "failed", "kind": error.get("kind"), "exit_code": error.get("exit_code"),
+                "message": error.get("message"), "proof": proof or None, "stage_seconds": stages,
+            }  # fmt: skip
         about = ("library_version", "gpu", "driver_version", "options", "repairs", "size_bytes")
         kept = {key: facts.get(key) for key in about}
         return {
