@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from gpuopt import onnx_model
+
+TRANSFORM = "/dft"
+"""How the name of a matrix product ends that is a Fourier transform."""
+MOST_MATRIX_ENTRIES = 2**24
+"""Of a Fourier transform's matrix: 64 MiB in FP32, 2048 complex values."""
 
 
 def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -17,65 +24,154 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     Col2Im (PyTorch's `fold`) adds up overlapping blocks of an image: a ConvTranspose with one group a channel, whose
     weights hold a single 1 for each place of the block, in the order of ONNX's definition of Col2Im. That needs two
     spatial axes, and constant sizes; other nodes are left as they are.
+
+    DFT (PyTorch's `torch.fft`) is linear: a product with the matrix of what it makes of unit vectors, real and
+    imaginary parts beside each other. That needs a constant length, and one that keeps the matrix small.
     """
-    if all(node.op_type != "Col2Im" for node in model.graph.node):
+    if all(node.op_type not in _LOWERINGS or node.domain for node in model.graph.node):
         return model
     model = onnx_model.with_types(model)
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
-    types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
-    for position, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "Col2Im" or node.domain:
+    graph = _Graph(model)
+    for position, node in reversed(list(enumerate(model.graph.node))):
+        if node.op_type not in _LOWERINGS or node.domain or node.input[0] not in graph.types:
             continue
-        data, *sizes = node.input
-        if data not in types or not set(sizes) <= constants.keys():
-            continue
-        image, block = (numpy_helper.to_array(constants[name]).tolist() for name in sizes)
-        made = _col2im(node, image, block, types[data], graph)
-        if made:
-            graph.node.remove(node)
+        if made := _LOWERINGS[node.op_type](node, graph):
+            model.graph.node.remove(node)
             for offset, new in enumerate(made):
-                graph.node.insert(position + offset, new)
+                model.graph.node.insert(position + offset, new)
     return model
+
+
+class _Graph:
+    """What is known of a graph's tensors, and its initializers to add to."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.initializers = graph.initializer
+        self.types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
+        self.opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
+
+    def has_constants(self, names: Iterable[str]) -> bool:
+        return set(names) <= self._constants.keys()
+
+    def values(self, name: str) -> Any:
+        """Of a constant: a list, or a number."""
+        return numpy_helper.to_array(self._constants[name]).tolist()
+
+    def sizes(self, name: str) -> list[int]:
+        """Of a tensor; 0 is an open one."""
+        return [dim.dim_value for dim in self.types[name].shape.dim]
+
+    def add(self, name: str, values: npt.NDArray[Any]) -> str:
+        self.initializers.append(numpy_helper.from_array(values, name))
+        return name
 
 
 def _is_constant(node: onnx.NodeProto) -> bool:
     return node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value"
 
 
-def _col2im(
-    node: onnx.NodeProto,
-    image: Sequence[int],
-    block: Sequence[int],
-    data: onnx.TypeProto.Tensor,
-    graph: onnx.GraphProto,
-) -> list[onnx.NodeProto]:
-    # 0 is an open size.
-    shape = [dim.dim_value for dim in data.shape.dim]
-    places = int(np.prod(block))
-    if not data.elem_type or len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
+def _settings(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
+    data, *sizes = node.input
+    if not graph.has_constants(sizes):
         return []
-    settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    image, block = map(graph.values, sizes)
+    shape, kind = graph.sizes(data), graph.types[data].elem_type
+    places = int(np.prod(block))
+    if not kind or len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
+        return []
+    settings = _settings(node)
     strides, dilations = settings.get("strides", [1, 1]), settings.get("dilations", [1, 1])
     pads = settings.get("pads", [0, 0, 0, 0])
     channels, spans = shape[1] // places, [d * (k - 1) + 1 for d, k in zip(dilations, block, strict=True)]
     rooms = [size + pads[a] + pads[a + 2] - span for a, (size, span) in enumerate(zip(image, spans, strict=True))]
     counts = [room // stride + 1 for room, stride in zip(rooms, strides, strict=True)]
     left = [room % stride for room, stride in zip(rooms, strides, strict=True)]
-    dtype = helper.tensor_dtype_to_np_dtype(data.elem_type)
-    weights = np.tile(np.eye(places, dtype=dtype).reshape(places, 1, *block), (channels, 1, 1, 1))
-    names = {part: f"{node.name or node.output[0]}/{part}" for part in ("grid", "shape", "weights")}
+    weights = np.eye(places, dtype=helper.tensor_dtype_to_np_dtype(kind)).reshape(places, 1, *block)
+    base = node.name or node.output[0]
     # 0 is the batch, as it comes.
-    new_shape = np.array([0, shape[1], *counts], np.int64)
-    graph.initializer.extend(
-        [numpy_helper.from_array(new_shape, names["shape"]), numpy_helper.from_array(weights, names["weights"])]
-    )
+    grid = graph.add(f"{base}/shape", np.array([0, shape[1], *counts], np.int64))
+    kernel = graph.add(f"{base}/weights", np.tile(weights, (channels, 1, 1, 1)))
     return [
-        helper.make_node("Reshape", [node.input[0], names["shape"]], [names["grid"]], name=names["grid"]),
+        helper.make_node("Reshape", [data, grid], [f"{base}/grid"], name=f"{base}/grid"),
         helper.make_node(
-            "ConvTranspose", [names["grid"], names["weights"]], list(node.output), name=node.name, group=channels,
+            "ConvTranspose", [f"{base}/grid", kernel], list(node.output), name=node.name, group=channels,
             kernel_shape=list(block), strides=list(strides), dilations=list(dilations), pads=list(pads),
             output_padding=left,
         ),
     ]  # fmt: skip
+
+
+def _dft(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
+    data, *others = node.input
+    settings = _settings(node)
+    if not graph.has_constants(name for name in others if name):
+        return []
+    given = [graph.values(name) if name else None for name in others] + [None, None]
+    # The axis is an attribute before opset 20, and has another default.
+    axis = settings.get("axis", 1) if graph.opset < 20 else -2 if given[1] is None else given[1]
+    shape, kind = graph.sizes(data), graph.types[data].elem_type
+    if not kind or len(shape) < 2 or not shape[axis] or shape[-1] not in (1, 2):
+        return []
+    matrix = _dft_matrix(
+        shape[axis], shape[-1], given[0], bool(settings.get("inverse")), bool(settings.get("onesided"))
+    )
+    if matrix is None:
+        return []
+    made, parts = matrix.shape[1:]
+    base, rank = node.name or node.output[0], len(shape)
+    order = [a for a in range(rank - 1) if a != axis % rank] + [axis % rank, rank - 1]
+    # 0 is a size as it comes.
+    flat = graph.add(f"{base}/flat", np.array([0] * (rank - 2) + [matrix.shape[0]], np.int64))
+    apart = graph.add(f"{base}/apart", np.array([0] * (rank - 2) + [made, parts], np.int64))
+    values = matrix.reshape(len(matrix), -1).astype(helper.tensor_dtype_to_np_dtype(kind))
+    product = f"{base}{TRANSFORM}"
+    steps: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("Reshape", [flat], {}),
+        ("MatMul", [graph.add(f"{base}/matrix", values)], {}),
+        ("Reshape", [apart], {}),
+    ]
+    if order != sorted(order):
+        steps = [("Transpose", [], {"perm": order}), *steps, ("Transpose", [], {"perm": np.argsort(order).tolist()})]
+    nodes, source = [], data
+    for number, (op_type, operands, attributes) in enumerate(steps):
+        name = product if op_type == "MatMul" else f"{base}/{op_type.lower()}{number}"
+        target = node.output[0] if number == len(steps) - 1 else name
+        nodes.append(helper.make_node(op_type, [source, *operands], [target], name=name, **attributes))
+        source = target
+    return nodes
+
+
+def _dft_matrix(
+    size: int, parts: int, length: int | None, inverse: bool, onesided: bool
+) -> npt.NDArray[np.float64] | None:
+    """What the transform makes of unit vectors, (size * parts, values made, their parts); None where it is too large.
+
+    Args:
+        size: values along the axis.
+        parts: 1 where they are real, 2 where they are complex.
+        length: of the transform; what is missing is zero, what is beyond is ignored.
+    """
+    real = inverse and onesided
+    length = length or (2 * (size - 1) if real else size)
+    if (
+        length < 1
+        or (onesided and not inverse and parts != 1)
+        or size * parts * length * (1 if real else 2) > MOST_MATRIX_ENTRIES
+    ):
+        return None
+    units = np.repeat(np.eye(size), parts, axis=0) * np.tile([1, 1j][:parts], size)[:, None]
+    if onesided:
+        made = np.fft.irfft(units, length) if inverse else np.fft.rfft(units.real, length)
+    else:
+        made = np.fft.ifft(units, length) if inverse else np.fft.fft(units, length)
+    return np.stack([made.real] if real else [made.real, made.imag], axis=-1)
+
+
+_LOWERINGS: Mapping[str, Callable[[onnx.NodeProto, _Graph], list[onnx.NodeProto]]] = {"Col2Im": _col2im, "DFT": _dft}

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from gpuopt import onnx_model
+from gpuopt import lowering, onnx_model
 from gpuopt.calibration.collectors import TensorRange
 from gpuopt.recipe import QuantizeSection
 
@@ -358,6 +358,8 @@ def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int) -> 
         )
     if weight is None:
         return "both operands are activations: attention and the like stay in floating point"
+    if node.name.endswith(lowering.TRANSFORM):
+        return "a Fourier transform: a few of its values are far larger than the others, which one scale would lose"
     if len(weight) < 2:
         return "a matrix times a vector: memory-bound, INT8 brings nothing"
     channels = _channels(node, weight)

@@ -15,6 +15,7 @@ CASES = {
     "resnet18": ("images", IMAGE_SHAPES),
     "mobilenet_v3": ("images", IMAGE_SHAPES),
     "vit": ("images", IMAGE_SHAPES),
+    "spectral": ("images", IMAGE_SHAPES),
     "unet": (
         "unet_images",
         ("--min-shapes", "image:1x3x32x32", "--opt-shapes", "image:2x3x32x32", "--max-shapes", "image:4x3x64x64"),
@@ -59,6 +60,9 @@ def test_from_pytorch_to_a_built_engine_and_a_verified_model(
     if precision == "int8":
         assert facts["quantize"]["quantized_nodes"] >= 4
         assert set(invariance) == {"model.onnx", "engine.onnx"}
+        if name == "spectral":
+            kept = [row for row in facts["quantize"]["kept_in_floating_point"] if "Fourier" in row["reason"]]
+            assert len(kept) == 4
     else:
         assert facts["cast"]["fp16_weights"] > facts["cast"]["fp32_weights"]
     assert gpuopt("verify", bundle).code == 0

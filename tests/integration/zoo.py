@@ -117,6 +117,27 @@ def two_by_two() -> nn.Module:
     return TwoByTwo()
 
 
+class Spectral(nn.Module):
+    """A global filter network: two-dimensional Fourier transforms, there and back, between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, stride=4)
+        self.weight = nn.Parameter(0.2 * torch.randn(32, 16, 9, 2))
+        self.mix = nn.Sequential(nn.Conv2d(32, 64, 1), nn.GELU(), nn.Conv2d(64, 32, 1))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.weight)
+        x = x + self.mix(torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="ortho"))
+        return self.head(x.mean((2, 3)))
+
+
+def spectral() -> nn.Module:
+    return Spectral()
+
+
 def images(count: int = 8, size: int = 64) -> Iterator[dict[str, np.ndarray]]:
     generator = np.random.default_rng(0)
     for _ in range(count):

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from gpuopt import lowering, onnx_model
 
@@ -17,6 +18,12 @@ def run(model: onnx.ModelProto, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
     return np.asarray(found)
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    return made
 
 
 def col2im(
@@ -86,6 +93,84 @@ def test_sizes_that_nodes_give_are_constant_too() -> None:
 def test_what_has_no_constant_sizes_or_one_axis_is_left() -> None:
     for model in (col2im(9, [6, 6], [2, 2], constant=False, strides=[2, 2]), col2im(4, [6], [3])):
         assert "Col2Im" in {node.op_type for node in lowering.lowered(model).graph.node}
+
+
+def dft(
+    shape: list[int | str], opset: int = 20, axis: int | None = None, length: int | None = None, **attributes: int
+) -> onnx.ModelProto:
+    inputs, values = ["positive"], []
+    for name, value in (("length", length), ("axis", axis if opset >= 20 else None)):
+        inputs.append(name if value is not None else "")
+        if value is not None:
+            values.append(numpy_helper.from_array(np.array(value, np.int64), name))
+    while not inputs[-1]:
+        inputs.pop()
+    if opset < 20 and axis is not None:
+        attributes["axis"] = axis
+    graph = helper.make_graph(
+        [
+            helper.make_node("Abs", ["x"], ["positive"], name="abs"),
+            helper.make_node("DFT", inputs, ["y"], name="transform", **attributes),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        values,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def evaluated(model: onnx.ModelProto, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    (found,) = ReferenceEvaluator(model).run(None, {"x": x})
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("opset", "axis", "settings"),
+    [
+        (20, None, {}),
+        (20, 1, {}),
+        (20, -3, {"length": 5}),
+        (20, None, {"length": 12}),
+        (20, None, {"inverse": 1}),
+        (20, 1, {"inverse": 1, "length": 9}),
+        (17, None, {}),
+        (17, 2, {"inverse": 1}),
+    ],
+)
+def test_a_fourier_transform_becomes_a_matrix_product(
+    opset: int, axis: int | None, settings: dict[str, int], parts: int
+) -> None:
+    model = dft(["batch", 7, 8, parts], opset, axis, **settings)
+    x = np.random.default_rng(0).standard_normal((2, 7, 8, parts)).astype(np.float32)
+    made = lowering.lowered(copied(model))
+    onnx_model.node_names_made_unique(made)
+    onnx.checker.check_model(made, full_check=True)
+    assert "DFT" not in {node.op_type for node in made.graph.node}
+    wanted = evaluated(model, x)
+    found = run(made, x)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [None, 6, 10, 13])
+def test_one_side_of_the_spectrum_and_back(length: int | None) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 10, 1)).astype(np.float32)
+    forward = dft(["batch", 3, 10, 1], length=length, onesided=1)
+    made = lowering.lowered(copied(forward))
+    np.testing.assert_allclose(run(made, x), evaluated(forward, x), rtol=1e-5, atol=1e-5)
+    complex_x = np.random.default_rng(0).standard_normal((2, 3, 6, 2)).astype(np.float32)
+    back = dft(["batch", 3, 6, 2], length=length, onesided=1, inverse=1)
+    made = lowering.lowered(copied(back))
+    wanted = np.fft.irfft(np.abs(complex_x[..., 0]) + 1j * np.abs(complex_x[..., 1]), length)[..., None]
+    np.testing.assert_allclose(run(made, complex_x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [["batch", "open", 1], ["batch", 8192, 2], ["batch", 8, "parts"]])
+def test_a_transform_of_open_or_great_length_is_left(shape: list[int | str]) -> None:
+    made = lowering.lowered(dft(shape))
+    assert [node.op_type for node in made.graph.node] == ["Abs", "DFT"]
 
 
 def test_a_model_without_such_operators_is_itself() -> None:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from gpuopt import lowering
 from gpuopt.calibration.collectors import TensorRange
 from gpuopt.quantization.placement import (
     SMALLEST_FP16_SCALE,
@@ -155,6 +156,12 @@ def test_an_average_between_int8_layers_runs_in_int8_with_a_scale_of_its_own() -
 def test_an_average_with_a_neighbour_in_floating_point_stays_out(changes: dict[str, Any]) -> None:
     decided = {d.op_type: d for d in decide(averaged(**changes))}
     assert "GlobalAveragePool" not in decided
+
+
+def test_a_fourier_transform_stays_out() -> None:
+    model = graph([node("MatMul", "x", "w", "y")], w=(64, 64))
+    model.graph.node[0].name = f"spectrum{lowering.TRANSFORM}"
+    assert reason(model).startswith("a Fourier transform: ")
 
 
 def test_products_of_activations_stay_out() -> None:
