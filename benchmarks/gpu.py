@@ -582,8 +582,9 @@ def _bench_row(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _conditions(report: Mapping[str, Any]) -> str:
     told = {**report["conditions"], **report["memory"]}
     shown = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", [], {}))
-    # Baselines alone: the rows name their libraries, and what is watched is an engine's run.
-    where = "" if report["gpu"] == "the CPU" else f"{report['gpu']}, {report['target']} {report['library_version']}; "
+    # Baselines' rows name their libraries.
+    alone = all(row["group"] == "baselines" for row in report["rows"])
+    where = "" if alone else f"{report['gpu']}, {report['target']} {report['library_version']}; "
     return f"{where}{shown}."
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpuopt.batching.batcher import QUANTILES, Service
-from gpuopt.bench.report import BenchReport, Row
+from gpuopt.bench.report import THE_CPU, BenchReport, Row
 from gpuopt.errors import DataError, UsageError, first_problem
 from gpuopt.storage import storage_errors
 
@@ -204,7 +204,7 @@ def _of_report(path: Path, document: Any) -> Latencies:
         path,
         Latencies(
             origin=f"{report.subject}, {report.target} {report.library_version} on {report.gpu}",
-            on_cpu=report.gpu == "the CPU",
+            on_cpu=report.gpu == THE_CPU,
             batches=batches,
             phases=phases,
             streams=streams,

@@ -12,7 +12,7 @@ import gpuopt
 from gpuopt import bundle, engine_record, environment, reference
 from gpuopt.artifact import ONNX_FILE
 from gpuopt.bench import baselines, conditions
-from gpuopt.bench.report import BenchReport, Row
+from gpuopt.bench.report import THE_CPU, BenchReport, Row
 from gpuopt.engine_record import Trust
 from gpuopt.errors import EngineError, GpuoptError, RequirementError, UsageError
 from gpuopt.gpu_turn import gpu_turn
@@ -82,7 +82,8 @@ def bench(request: Request, command: Sequence[str], progress: Progress) -> Bench
     warnings: list[str] = []
     memory: dict[str, object] = {}
     shapes = _shapes(found)
-    target, version, gpu, subject = "onnxruntime", environment.version_of("onnxruntime") or "", "the CPU", ONNX_FILE
+    target, version, subject = "onnxruntime", environment.version_of("onnxruntime") or "", ONNX_FILE
+    gpu = next((one.name for one in environment.gpus()), THE_CPU)
     missing = environment.why_not_run(engine_record.read(found.engine).target) if found.engine else "no engine"
     if found.engine is not None and missing:
         if found.folder is None:

@@ -53,8 +53,16 @@ class Row(_Part):
     failed: str = ""
 
 
+THE_CPU = "the CPU"
+
+
 class BenchReport(_Part):
-    """A run of `gpuopt bench`."""
+    """A run of `gpuopt bench`.
+
+    Attributes:
+        target, library_version: of the engine; those of ONNX Runtime here, where there are baselines alone.
+        gpu: that the engine ran on; the first of the machine where there are baselines alone, or `THE_CPU`.
+    """
 
     schema_version: Literal[1] = 1
     command: list[str]
@@ -118,7 +126,11 @@ def render(report: BenchReport) -> str:
 
 def _lines(report: BenchReport) -> Iterator[str]:
     shapes = ", ".join(f"{name} {shape}" for name, shape in report.shapes.items())
-    yield f"{report.subject}: {report.target} {report.library_version} on {report.gpu}; {shapes}"
+    if all(entry.group == "baselines" for entry in report.rows):
+        where = "without an NVIDIA GPU" if report.gpu == THE_CPU else f"with {report.gpu}"
+        yield f"{report.subject}: baselines alone, on a machine {where}; {shapes}"
+    else:
+        yield f"{report.subject}: {report.target} {report.library_version} on {report.gpu}; {shapes}"
     group = ""
     width = max((len(entry.name) for entry in report.rows), default=20) + 2
     for entry in report.rows:
