@@ -233,9 +233,8 @@ def _refuse_untrusted(path: Path, kind: ModelKind, trusted: bool) -> None:
 
 def _call_factory(factory: str) -> Any:
     module_name, _, function = factory.partition(":")
-    user_code.search_current_folder()
     try:
-        module = getattr(importlib.import_module(module_name), function)()
+        module = getattr(user_code.imported(module_name), function)()
     except (Exception, SystemExit) as error:  # the user's code may raise anything, and be a program that ends
         raise ModelError(
             f"the factory {factory} fails: {described(error)}",

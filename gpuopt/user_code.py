@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import sys
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -25,18 +27,30 @@ class Dependencies:
     distributions: tuple[str, ...] = ()
 
 
-def dependencies(before: Collection[str], read: Iterable[str]) -> Dependencies:
-    """Those of the user's code that was imported since `before`.
+_read_at_import: set[str] = set()
+"""While `imported` imported modules in this process: a later stage finds them there, and does not see them read."""
+
+
+def dependencies(read: Iterable[str]) -> Dependencies:
+    """Those of all of the user's code in this process: an earlier stage may have imported what a later one calls.
 
     Args:
-        before: names of the modules that were there already.
         read: files that the code read.
     """
-    return Dependencies(tuple(sorted({*user_files(before), *read})), tuple(_imported_distributions()))
+    return Dependencies(tuple(sorted({*_user_files(), *_read_at_import, *read})), tuple(_imported_distributions()))
+
+
+def imported(module: str) -> ModuleType:
+    """The user's module, of the current folder, PYTHONPATH or what is installed; what it raises, it raises."""
+    search_current_folder()
+    with files_opened() as opened:
+        try:
+            return importlib.import_module(module)
+        finally:
+            _read_at_import.update(opened)
 
 
 def _imported_distributions() -> list[str]:
-    # Of all modules: one that an earlier stage imported in this process serves the user's code as well.
     imported = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
     known = importlib.metadata.packages_distributions()
     return sorted({distribution for name in imported for distribution in known.get(name, ())})
@@ -48,18 +62,18 @@ def search_current_folder() -> None:
         sys.path.append(str(Path.cwd()))
 
 
-def user_files(before: Collection[str]) -> list[str]:
-    """Source files of modules imported since `before` that belong to no installed package."""
+def _user_files() -> set[str]:
+    """Source files of imported modules that belong to no installed package."""
     installed = _installed_folders()
     files = set()
-    for name in set(sys.modules).difference(before):
-        source = Path(str(getattr(sys.modules[name], "__file__", None)))
+    for module in list(sys.modules.values()):
+        source = Path(str(getattr(module, "__file__", None)))
         if source.suffix != ".py" or not source.is_absolute() or "site-packages" in source.parts:
             continue
         path = source.resolve()
         if path.is_file() and not any(path.is_relative_to(folder) for folder in installed):
             files.add(str(path))
-    return sorted(files)
+    return files
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ agreement with the FP32 model for such an output without labels, and else the me
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -321,9 +320,8 @@ def _read_labels(name: str, data: str | None) -> Array:
 
 def _function(name: str) -> Callable[[Any, Any], Any]:
     module_name, _, function = name.partition(":")
-    user_code.search_current_folder()
     try:
-        found: Callable[[Any, Any], Any] = getattr(importlib.import_module(module_name), function)
+        found: Callable[[Any, Any], Any] = getattr(user_code.imported(module_name), function)
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"the metric {name} cannot be imported: {described(error)}",

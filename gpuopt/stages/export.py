@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -76,7 +75,6 @@ def run(context: StageContext) -> StageOutcome:
 
 def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[reference.Feed]) -> StageOutcome:
     recipe = context.recipe
-    known = set(sys.modules)
     import torch
 
     from gpuopt import torch_model
@@ -144,7 +142,7 @@ def _export_torch(context: StageContext, kind: ModelKind, feeds: Sequence[refere
         "ir_version": onnx_model.IR_VERSION,
         **interface.facts_of(stored),
     }
-    return StageOutcome(facts, tuple(warnings), user_code.dependencies(known, loaded.files_read))
+    return StageOutcome(facts, tuple(warnings), user_code.dependencies(loaded.files_read))
 
 
 def _store_first_layers(loaded: Any, feed: reference.Feed, folder: Path) -> None:

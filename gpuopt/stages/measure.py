@@ -46,5 +46,5 @@ def run(context: StageContext) -> StageOutcome:
         warnings.append("the accuracy budget is measured on the calibration data: --evaluation-data gives it other")
     if not settings.metric and evaluated.counts_rows and 0 < allowed * int8.samples < 1:
         warnings.append(f"{int8.samples} evaluation samples cannot show a drop of {allowed:.3%}: one of them is more")
-    read = user_code.dependencies((), evaluated.files) if settings.metric else None
+    read = user_code.dependencies(evaluated.files) if settings.metric else None
     return StageOutcome(facts, tuple(warnings), read)

@@ -82,6 +82,27 @@ def test_user_code_is_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
     assert changed.report()["verification"]["outputs"][0]["shape"] == [2, 4]
 
 
+def test_code_that_the_data_share_with_the_model_is_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    factor, code = tmp_path / "factor.txt", tmp_path / "both.py"
+    factor.write_text("2")
+    text = (
+        "from pathlib import Path\nimport numpy as np\nfrom torch import nn\n"
+        "FACTOR = float(Path('factor.txt').read_text())\n"
+        "class Model(nn.Module):\n    def forward(self, x):\n        return x * FACTOR + 1\n"
+        "def make():\n    return Model()\n"
+        "def data():\n    yield {'x': np.ones((1, 4), np.float32)}\n"
+    )
+    code.write_text(text)
+    arguments = ("compile", "both:make", "-c", "both:data", "-p", "fp32", "-t", "onnxruntime", "--json")
+    assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is False
+    assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is True
+    code.write_text(text.replace("+ 1", "+ 3"))
+    assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is False
+    factor.write_text("5")
+    assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is False
+    assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is True
+
+
 def test_two_runs_at_once_do_not_harm_each_other(gpuopt: Gpuopt, model: Path, tmp_path: Path) -> None:
     own = {"GPUOPT_CACHE_DIR": str(tmp_path / "cache")}
     with ThreadPoolExecutor(2) as pool:

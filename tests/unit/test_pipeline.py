@@ -272,7 +272,7 @@ def test_the_packages_that_a_factory_uses_are_part_of_the_key(here: Path, monkey
 
 
 def test_what_is_imported_is_known_by_its_distribution() -> None:
-    found = user_code.dependencies((), ["w.npy"])
+    found = user_code.dependencies(["w.npy"])
     assert {"numpy", "pydantic"} <= set(found.distributions)
     assert "w.npy" in found.files
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from gpuopt import user_code
 from gpuopt.calibration.readers.base import Inputs, RawSample, SampleReader
 from gpuopt.calibration.readers.checks import Array, listed
 from gpuopt.errors import DataError, described
@@ -65,16 +64,12 @@ class CallableReader(SampleReader):
 
 def _load_function(data: str) -> Callable[[], Iterable[Any]]:
     module_name, _, name = data.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # It stays, for the function may import its neighbours only when it is called.
-        sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        module = user_code.imported(module_name)
     except (Exception, SystemExit) as error:
         raise DataError(
             f"calibration data '{data}': importing {module_name} failed: {described(error)}",
-            f"Run python -c 'import {module_name}' in {here}; if a path was meant, it does not exist.",
+            f"Run python -c 'import {module_name}' in {Path.cwd()}; if a path was meant, it does not exist.",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
