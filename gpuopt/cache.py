@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.artifact import Artifact, folder_hashes
+from gpuopt.errors import UsageError
 from gpuopt.storage import remove_abandoned, scratch_folder, sha256_json, storage_errors, sync_tree, write_json
 
 KeyParts = Mapping[str, str]
@@ -54,8 +55,17 @@ def default_folder() -> Path:
 
 
 def users_folder() -> Path:
-    """`gpuopt` in the user's cache folder (XDG Base Directory rules)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuopt"
+    """`gpuopt` in the user's cache folder (XDG Base Directory rules).
+
+    Raises:
+        UsageError: the user has no home, as in containers that run as any number.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuopt"
+    except RuntimeError as error:
+        raise UsageError(
+            "there is no home folder for the cache", "Set GPUOPT_CACHE_DIR or --cache-dir; --no-cache keeps nothing."
+        ) from error
 
 
 class Cache:

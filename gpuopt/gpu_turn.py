@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import IO
 
 from gpuopt import environment
-from gpuopt.cache import users_folder
+from gpuopt.cache import default_folder, users_folder
+from gpuopt.errors import UsageError
 from gpuopt.progress import Progress
 
 _SECONDS_BETWEEN_TRIES = 0.05
@@ -31,14 +32,18 @@ def gpu_turn(progress: Progress, index: int = 0) -> Iterator[float]:
     """
     address = environment.pci_bus_address(index)
     with contextlib.ExitStack() as stack:
-        waited = 0.0
-        if address:
-            with contextlib.suppress(OSError):
-                folder = users_folder()
-                folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((folder / f"gpu-{address.replace(':', '-')}.lock").open("ab"))
-                waited = _lock(file, progress)
-        yield waited
+        file = _file(f"gpu-{address.replace(':', '-')}.lock") if address else None
+        yield _lock(stack.enter_context(file), progress) if file is not None else 0.0
+
+
+def _file(name: str) -> IO[bytes] | None:
+    """In the user's cache folder, in gpuopt's own where that cannot be, as without a home; None where neither can."""
+    for place in (users_folder, default_folder):
+        with contextlib.suppress(OSError, UsageError):
+            folder = place()
+            folder.mkdir(parents=True, exist_ok=True)
+            return (folder / name).open("ab")
+    return None
 
 
 def _lock(file: IO[bytes], progress: Progress) -> float:
@@ -53,3 +58,6 @@ def _lock(file: IO[bytes], progress: Progress) -> float:
                 progress.line("another gpuopt is at work on this GPU: waiting for it")
                 told = True
             time.sleep(_SECONDS_BETWEEN_TRIES)
+        except OSError:
+            # A file system without locks.
+            return 0.0

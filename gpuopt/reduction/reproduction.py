@@ -201,7 +201,10 @@ def write_log(error: GpuoptError, folder: Path) -> None:
 
 def _anonymous(text: str) -> str:
     """Without the name of the user's home."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # as in containers that run as any number
+        return text
     return text.replace(home, "~") if len(home) > 1 else text
 
 

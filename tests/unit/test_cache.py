@@ -13,7 +13,7 @@ import pytest
 
 from gpuopt.artifact import folder_sha256
 from gpuopt.cache import Cache, default_folder, explain
-from gpuopt.errors import StorageError
+from gpuopt.errors import StorageError, UsageError
 from gpuopt.storage import sha256_json
 
 PARTS = {"stage": "export", "input.model": "abc"}
@@ -232,6 +232,18 @@ def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPa
     assert default_folder() == Path("/xdg/gpuopt")
     monkeypatch.setenv("GPUOPT_CACHE_DIR", "/own")
     assert default_folder() == Path("/own")
+
+
+def test_without_a_home_the_user_hears_where_a_cache_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GPUOPT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UsageError, match="no home folder") as raised:
+        default_folder()
+    assert "GPUOPT_CACHE_DIR" in raised.value.hint
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_a_killed_process_keeps_nobody_waiting(folder: Path) -> None:
 
 def test_nobody_waits_without_a_gpu_or_a_place_for_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write_text("a file where the folder would be")
+    (folder.parent / "of this job").write_text("another")
     with gpu_turn(Silent()) as waited:
         assert waited == 0
     folder.unlink()
@@ -78,6 +79,20 @@ def test_nobody_waits_without_a_gpu_or_a_place_for_the_lock(folder: Path, monkey
     with gpu_turn(Silent()) as waited:
         assert waited == 0
     assert not folder.exists()
+
+
+def test_without_a_home_the_lock_lies_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with gpu_turn(Silent()):
+        pass
+    assert [path.name for path in (folder.parent / "of this job").iterdir()] == ["gpu-0000-01-00.0.lock"]
+    monkeypatch.delenv("GPUOPT_CACHE_DIR")
+    with gpu_turn(Silent()) as waited:
+        assert waited == 0
 
 
 def test_the_time_limit_ends_the_waiting(folder: Path) -> None:
