@@ -405,8 +405,14 @@ def _invariance(graph: str, found: dict[str, Any]) -> str:
         return f"- Batch invariance of {code(graph)} was not checked: {found['reason']}."
     return (
         f"- Batch invariance of {code(graph)}: a row alone and in a batch of {found['batch']} differ by at most "
-        f"{found['worst_relative_error']:.1e} (relative){agreeing(found)}."
+        f"{found['worst_relative_error']:.1e} (relative{allowed(found)}){agreeing(found)}."
     )
+
+
+def allowed(invariance: Mapping[str, Any]) -> str:
+    """What batch invariance allowed, where the report has it."""
+    tolerance = invariance.get("tolerance")
+    return "" if tolerance is None else f"; {tolerance:.1e} allowed"
 
 
 def agreeing(invariance: Mapping[str, Any]) -> str:

@@ -28,7 +28,15 @@ from gpuopt.report.blocks import (
     some,
     table,
 )
-from gpuopt.report.markdown import agreeing, channel_changes, format_bytes, kernel_lines, layout_lines, sentence
+from gpuopt.report.markdown import (
+    agreeing,
+    allowed,
+    channel_changes,
+    format_bytes,
+    kernel_lines,
+    layout_lines,
+    sentence,
+)
 from gpuopt.report.model import BenchmarkReport, Estimate, GateReport, Report
 from gpuopt.tolerance import Limits, problem
 
@@ -428,7 +436,7 @@ def _invariance(name: str, found: Mapping[str, Any]) -> str:
         return f"Batch invariance of {name} was not checked: {found['reason']}."
     return (
         f"Batch invariance of {name}: a row alone and in a batch of {found['batch']} differ by at most "
-        f"{found['worst_relative_error']:.1e} (relative){agreeing(found)}."
+        f"{found['worst_relative_error']:.1e} (relative{allowed(found)}){agreeing(found)}."
     )
 
 

@@ -340,23 +340,44 @@ def test_infinity_in_equal_places_is_invariant(tmp_path: Path) -> None:
     assert result["failures"]
 
 
-@pytest.mark.parametrize(("batch_error", "failures"), [(0.08, 0), (0.11, 2)])
+class Rounded:
+    """Doubles; a row alone is off by `alone` of its largest value, a row in a batch by `together`."""
+
+    def __init__(self, alone: float, together: float) -> None:
+        self._errors = alone, together
+
+    def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        y = feed["x"] * 2
+        return {"y": y + self._errors[len(y) > 1] * np.abs(y).max(axis=1, keepdims=True)}
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "tolerance", "failures"),
+    [
+        (0.05, -0.03, 0.1, 0),
+        (0.05, -0.06, 0.1, 2),
+        # A row that is exact alone has no rounding to differ by, and a coarse one not any.
+        (0.0, 0.06, 0.05, 2),
+        (0.2, -0.1, 0.25, 2),
+    ],
+)
 def test_coarse_rounding_may_differ_in_a_batch_by_twice_what_it_is_alone(
-    tmp_path: Path, batch_error: float, failures: int
+    tmp_path: Path, alone: float, together: float, tolerance: float, failures: int
 ) -> None:
-    def double(feed: Mapping[str, Any]) -> Sequence[Any]:
-        return [feed["x"] * 2]
-
-    def rounded(feed: Mapping[str, Any]) -> Sequence[Any]:
-        (y,) = double(feed)
-        error = 0.05 if len(y) == 1 else 0.05 - batch_error
-        return [y + error * np.abs(y).max(axis=1, keepdims=True)]
-
-    found = stored(tmp_path / "stored", double)
-    result = batch_invariance(Answers(rounded), found, 0.05, 0.99, is_coarse=True)
-    assert result["tolerance"] == pytest.approx(0.1, rel=1e-5)
+    found = stored(tmp_path / "stored")
+    result = batch_invariance(Rounded(alone, together), found, 0.05, 0.99, is_coarse=True)
+    assert result["tolerance"] == pytest.approx(tolerance, rel=1e-5)
     assert len(result["failures"]) == failures
-    assert len(batch_invariance(Answers(rounded), found, 0.05, 0.99)["failures"]) == 2
+    strict = batch_invariance(Rounded(alone, together), found, 0.05, 0.99)
+    assert strict["tolerance"] == 0.05
+    assert len(strict["failures"]) == 2
+
+
+def test_rows_that_were_made_distinct_have_no_original_to_be_coarse_against(tmp_path: Path) -> None:
+    found = stored(tmp_path / "stored", samples=[{"x": np.array([[1, 2, 3]], np.float32)}])
+    result = batch_invariance(Rounded(0.05, -0.03), found, 0.05, 0.99, is_coarse=True)
+    assert result["tolerance"] == 0.05
+    assert len(result["failures"]) == 2
 
 
 @pytest.mark.parametrize(("flipped", "failures"), [(1, 0), (20, 2)])
