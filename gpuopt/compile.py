@@ -389,6 +389,10 @@ _ACCURACY_HINT = (
     "See the report's accuracy table. For INT8: better calibration data, --max-accuracy-drop (what costs most falls\n"
     "back; 'gpuopt analyze' shows it), or --precision fp16. Looser limits: --min-cosine, --set verify.min_sqnr_db."
 )
+_OVERFLOW_HINT = (
+    "FP16 ends at 65504. Keep what grows beyond it in FP32: --set 'cast.nodes_to_keep=[PATTERN]' or\n"
+    "cast.op_types_to_keep; or scale it in the model, as norm='ortho' does in torch.fft."
+)
 
 
 def _verification(runner: Runner) -> Mapping[str, Any] | None:
@@ -407,7 +411,10 @@ def verdict(runner: Runner) -> GpuoptError | None:
     found = [f for facts in (*proofs.values(), _verification(runner) or {}) for f in facts.get("failures", [])]
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        return AccuracyError(found[0] + more, _ACCURACY_HINT)
+        recipe = runner.recipe
+        in_fp16 = recipe.precision == "fp16" or (recipe.precision == "int8" and recipe.cast.remainder == "fp16")
+        overflows = "NaN or infinity" in found[0] and in_fp16
+        return AccuracyError(found[0] + more, _OVERFLOW_HINT if overflows else _ACCURACY_HINT)
     for target, proof in proofs.items():
         if error := low_coverage(target, proof, runner.recipe):
             return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     spatial axes, and constant sizes; other nodes are left as they are.
 
     DFT (PyTorch's `torch.fft`) is linear: a product with the matrix of what it makes of unit vectors, real and
-    imaginary parts beside each other. That needs a constant length, and one that keeps the matrix small.
+    imaginary parts beside each other. That needs a constant length, and one that keeps the matrix small. (ONNX
+    Runtime's own transform is faster from some hundred values on.)
     """
     if all(node.op_type not in _LOWERINGS or node.domain for node in model.graph.node):
         return model
@@ -48,17 +50,28 @@ class _Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
         self.initializers = graph.initializer
-        self.types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self.types = {value.name: value.type.tensor_type for value in values}
         self.opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
+        self._names = onnx_model.tensor_names(graph) | {node.name for node in graph.node}
+
+    def base(self, node: onnx.NodeProto) -> str:
+        """A beginning for the names of what replaces a node, which no other name has with a stroke behind it."""
+        name = node.name or node.output[0]
+        tried = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        base: str = next(one for one in tried if not any(used.startswith(f"{one}/") for used in self._names))
+        self._names.add(f"{base}/")
+        return base
 
     def has_constants(self, names: Iterable[str]) -> bool:
         return set(names) <= self._constants.keys()
 
-    def values(self, name: str) -> Any:
-        """Of a constant: a list, or a number."""
-        return numpy_helper.to_array(self._constants[name]).tolist()
+    def values(self, name: str) -> npt.NDArray[Any]:
+        """Of a constant."""
+        values: npt.NDArray[Any] = numpy_helper.to_array(self._constants[name])
+        return values
 
     def sizes(self, name: str) -> list[int]:
         """Of a tensor; 0 is an open one."""
@@ -81,7 +94,7 @@ def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     data, *sizes = node.input
     if not graph.has_constants(sizes):
         return []
-    image, block = map(graph.values, sizes)
+    image, block = (graph.values(name).tolist() for name in sizes)
     shape, kind = graph.sizes(data), graph.types[data].elem_type
     places = int(np.prod(block))
     if not kind or len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
@@ -94,7 +107,7 @@ def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     counts = [room // stride + 1 for room, stride in zip(rooms, strides, strict=True)]
     left = [room % stride for room, stride in zip(rooms, strides, strict=True)]
     weights = np.eye(places, dtype=helper.tensor_dtype_to_np_dtype(kind)).reshape(places, 1, *block)
-    base = node.name or node.output[0]
+    base = graph.base(node)
     # 0 is the batch, as it comes.
     grid = graph.add(f"{base}/shape", np.array([0, shape[1], *counts], np.int64))
     kernel = graph.add(f"{base}/weights", np.tile(weights, (channels, 1, 1, 1)))
@@ -113,11 +126,13 @@ def _dft(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     settings = _settings(node)
     if not graph.has_constants(name for name in others if name):
         return []
-    given = [graph.values(name) if name else None for name in others] + [None, None]
+    given = [int(graph.values(name).item()) if name else None for name in others] + [None, None]
     # The axis is an attribute before opset 20, and has another default.
     axis = settings.get("axis", 1) if graph.opset < 20 else -2 if given[1] is None else given[1]
     shape, kind = graph.sizes(data), graph.types[data].elem_type
-    if not kind or len(shape) < 2 or not shape[axis] or shape[-1] not in (1, 2):
+    # The last axis holds the parts of a value.
+    is_signal = axis in range(-len(shape), len(shape) - 1) and axis != -1
+    if not kind or not is_signal or not shape[axis] or shape[-1] not in (1, 2):
         return []
     matrix = _dft_matrix(
         shape[axis], shape[-1], given[0], bool(settings.get("inverse")), bool(settings.get("onesided"))
@@ -125,7 +140,7 @@ def _dft(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     if matrix is None:
         return []
     made, parts = matrix.shape[1:]
-    base, rank = node.name or node.output[0], len(shape)
+    base, rank = graph.base(node), len(shape)
     order = [a for a in range(rank - 1) if a != axis % rank] + [axis % rank, rank - 1]
     # 0 is a size as it comes.
     flat = graph.add(f"{base}/flat", np.array([0] * (rank - 2) + [matrix.shape[0]], np.int64))

@@ -358,7 +358,7 @@ def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int) -> 
         )
     if weight is None:
         return "both operands are activations: attention and the like stay in floating point"
-    if node.name.endswith(lowering.TRANSFORM):
+    if node.op_type == "MatMul" and node.name.endswith(lowering.TRANSFORM):
         return "a Fourier transform: a few of its values are far larger than the others, which one scale would lose"
     if len(weight) < 2:
         return "a matrix times a vector: memory-bound, INT8 brings nothing"

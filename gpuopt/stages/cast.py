@@ -41,6 +41,7 @@ def run(context: StageContext) -> StageOutcome:
             node_block_list=keep,
         )
         converted = onnx_model.sort_topologically(converted)
+        _stay_in_fp32(converted)
         if context.recipe.build.legacy and "engine_onnx" not in context.artifacts:
             # TensorRT 8 chooses FP16 itself, layer by layer, in a graph that is FP32.
             onnx_model.save(onnx_model.load(context.engine_graph()), context.made("engine_onnx"))
@@ -64,6 +65,38 @@ def run(context: StageContext) -> StageOutcome:
         },
         warnings,
     )
+
+
+def _stay_in_fp32(model: onnx.ModelProto) -> None:
+    """Take out what the converter puts between two nodes in FP32: a cast to FP16, which may not hold it, and back."""
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    kinds = onnx_model.element_types(model)
+    outputs = {value.name for value in graph.output}
+    renamed: dict[str, str] = {}
+    for node in list(graph.node):
+        there = makers.get(node.input[0]) if _casts(node, onnx.TensorProto.FLOAT) else None
+        if there is None or not _casts(there, onnx.TensorProto.FLOAT16):
+            continue
+        source = renamed.get(there.input[0], there.input[0])
+        if kinds.get(source) != onnx.TensorProto.FLOAT:
+            continue
+        if node.output[0] in outputs:
+            node.CopyFrom(onnx.helper.make_node("Identity", [source], list(node.output), name=node.name))
+        else:
+            renamed[node.output[0]] = source
+            graph.node.remove(node)
+    for value in [value for value in graph.value_info if value.name in renamed]:
+        graph.value_info.remove(value)
+    onnx_model.rename_tensors(graph, renamed)
+    read = set[str]().union(outputs, *map(onnx_model.names_read, graph.node))
+    for node in list(graph.node):
+        if _casts(node, onnx.TensorProto.FLOAT16) and node.output[0] not in read:
+            graph.node.remove(node)
+
+
+def _casts(node: onnx.NodeProto, kind: int) -> bool:
+    return node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
 
 
 def _with_fp16_scales(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:

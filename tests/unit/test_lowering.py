@@ -167,6 +167,36 @@ def test_one_side_of_the_spectrum_and_back(length: int | None) -> None:
     np.testing.assert_allclose(run(made, complex_x), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_new_names_are_new_and_an_output_between_two_transforms_is_known() -> None:
+    model = dft(["batch", 7, 8, 2])
+    model.graph.node[1].output[0] = "between"
+    model.graph.node[1].name = model.graph.node[0].name = "t"
+    model.graph.node.append(helper.make_node("DFT", ["between", "", "axis"], ["y"], name="t"))
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([1]), "axis"), numpy_helper.from_array(np.ones(3, np.float32), "t/matrix")]
+    )
+    del model.graph.output[:]
+    for name in ("y", "between"):
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 7, 8, 2]))
+    x = np.random.default_rng(0).standard_normal((2, 7, 8, 2)).astype(np.float32)
+    made = lowering.lowered(copied(model))
+    onnx_model.node_names_made_unique(made)
+    onnx.checker.check_model(made, full_check=True)
+    assert "DFT" not in {node.op_type for node in made.graph.node}
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    spectrum = np.fft.fft(np.abs(x[..., 0]) + 1j * np.abs(x[..., 1]), axis=2)
+    both = np.fft.fft(spectrum, axis=1)
+    found = dict(zip(["y", "between"], session.run(["y", "between"], {"x": x}), strict=True))
+    for name, wanted in (("y", both), ("between", spectrum)):
+        np.testing.assert_allclose(found[name], np.stack([wanted.real, wanted.imag], -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [-1, 3, 7])
+def test_a_transform_of_no_signal_axis_is_left(axis: int) -> None:
+    made = lowering.lowered(dft(["batch", 7, 8, 2], axis=axis))
+    assert "DFT" in {node.op_type for node in made.graph.node}
+
+
 @pytest.mark.parametrize("shape", [["batch", "open", 1], ["batch", 8192, 2], ["batch", 8, "parts"]])
 def test_a_transform_of_open_or_great_length_is_left(shape: list[int | str]) -> None:
     made = lowering.lowered(dft(shape))

@@ -25,13 +25,14 @@ from tests.unit.quantization.graphs import depthwise_block, normal
 SECTION = QuantizeSection(min_channels=8)
 
 
-def cast_to_fp16(model: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, StageOutcome]:
+def cast_to_fp16(
+    model: onnx.ModelProto, folder: Path, keep: tuple[str, ...] = ()
+) -> tuple[onnx.ModelProto, StageOutcome]:
     onnx_model.save(model, folder / "onnx")
     (folder / "made").mkdir()
-    context = StageContext(
-        recipe.resolve({"model": {"path": "m"}}), {"onnx": Artifact("onnx", folder / "onnx", "")}, folder / "made",
-        Silent(),
-    )  # fmt: skip
+    chosen = recipe.resolve({"model": {"path": "m"}, "cast": {"nodes_to_keep": list(keep)}})
+    artifacts = {"onnx": Artifact("onnx", folder / "onnx", "")}
+    context = StageContext(chosen, artifacts, folder / "made", Silent())
     outcome = cast.run(context)
     return onnx_model.load(folder / "made/onnx"), outcome
 
@@ -81,3 +82,24 @@ def test_a_weight_that_is_an_output_too(tmp_path: Path) -> None:
     y, w = outputs(tmp_path / "made/onnx", {"x": x})
     assert np.array_equal(w, weight.astype(np.float16).astype(np.float32))
     assert np.allclose(y, x @ weight, atol=0.05)
+
+
+@pytest.mark.parametrize("keep", [("big", "small"), ("*",), ("big", "small", "last")])
+def test_what_passes_between_nodes_in_fp32_may_be_more_than_fp16_holds(tmp_path: Path, keep: tuple[str, ...]) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in ("x", "y", "z")]
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], "first"),
+        helper.make_node("Mul", ["r", "scale"], ["b"], "big"),
+        helper.make_node("Div", ["b", "scale"], ["s"], "small"),
+        helper.make_node("Sqrt", ["s"], ["y"], "last"),
+        helper.make_node("Neg", ["s"], ["z"], "other"),
+    ]
+    scale = numpy_helper.from_array(np.float32(1e6), "scale")
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    made, _ = cast_to_fp16(model, tmp_path, keep)
+    x = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    for got, want in zip(outputs(tmp_path / "made/onnx", {"x": x}), (np.sqrt(x), -x), strict=True):
+        assert np.allclose(got, want, rtol=2e-3)
+    if keep == ("*",):
+        assert "Cast" not in {node.op_type for node in made.graph.node}
