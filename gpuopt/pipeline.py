@@ -8,7 +8,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,6 +273,8 @@ class Runner:
         self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
         self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
+        self._started = time.time()
+        self._code_before: Mapping[str, str] = {}
         self._last: Mapping[str, Mapping[str, str]] = cache.recall("last", run_name) or {}
 
     def run(self, until: str | None = None, only: Sequence[str] | None = None) -> None:
@@ -288,6 +290,8 @@ class Runner:
         try:
             with self._worker as worker:
                 steps = [step for step in plan(self.recipe, until) if only is None or step.stage.name in only]
+                # Before anything is imported: what a later step runs, an earlier one may have imported.
+                self._started, self._code_before = time.time(), self._known_code(steps)
                 for number, step in enumerate(steps, 1):
                     self.at_work = step
                     with self.progress.stage(f"[{number}/{len(steps)}] {step.label}"):
@@ -352,7 +356,6 @@ class Runner:
                 self._key_parts[step.label] = parts
                 return StepResult(step, entry, True, "nothing it depends on changed")
             reason = explain(self._last.get(step.label), parts)
-        before, started = self._code_files(step.stage), time.time()
         with self.cache.scratch() as scratch:
             staged = scratch / "result"
             with storage_errors("write in", scratch):
@@ -366,7 +369,7 @@ class Runner:
                 self.cache.remember("sources", self._code(step.stage), asdict(outcome.dependencies))
                 # Which files the code is made of is known only now.
                 parts = self._parts(step)
-                changed = _changed_since(started, outcome.dependencies.files, before)
+                changed = _changed_since(self._started, outcome.dependencies.files, self._code_before)
             else:
                 file = self.recipe.model.path if "model" in step.stage.sources else None
                 changed = Path(file).name if file and parts and self._parts(step) != parts else ""
@@ -507,10 +510,11 @@ class Runner:
         versions |= {name: environment.version_of(name) for name in known["distributions"]}
         return {"files": hashes, "versions": versions}
 
-    def _code_files(self, stage: Stage) -> Mapping[str, str]:
-        """Hashes of the files that the user's code was made of when it ran last, as far as they are here."""
-        known = self.cache.recall("sources", self._code(stage)) if {"model", "metric"} & set(stage.sources) else None
-        return _hashes(known["files"]) if isinstance(known, dict) else {}
+    def _known_code(self, steps: Iterable[Step]) -> Mapping[str, str]:
+        """Hashes of the files that the user's code was made of when the steps ran last, as far as they are here."""
+        names = {self._code(step.stage) for step in steps if {"model", "metric"} & set(step.stage.sources)}
+        known = [self.cache.recall("sources", name) for name in sorted(names)]
+        return _hashes(sorted({file for one in known if isinstance(one, dict) for file in one["files"]}))
 
     def _code(self, stage: Stage) -> str:
         """What the user's code that a stage runs is remembered by."""
@@ -801,8 +805,20 @@ def _hashes(files: Sequence[str]) -> dict[str, str]:
     found = {}
     for name in files:
         with contextlib.suppress(OSError):
-            found[name] = sha256_file(Path(name))
+            state = Path(name).stat()
+            large = state.st_size >= _LARGE_FILE
+            found[name] = _sha256_of(name, state.st_size, state.st_mtime_ns) if large else sha256_file(Path(name))
     return found
+
+
+_LARGE_FILE = 2**24
+"""Bytes of a file, weights or data, that is read again only where its size or time is another."""
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(name: str, size: int, modified_ns: int) -> str:
+    """Of a file as it is now; size and time are what tells one state from another."""
+    return sha256_file(Path(name))
 
 
 _CLOCK_STEP = 0.02

@@ -7,10 +7,10 @@ import importlib
 import importlib.metadata
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 
@@ -28,26 +28,43 @@ class Dependencies:
 
 
 _read_at_import: set[str] = set()
-"""While `imported` imported modules in this process: a later stage finds them there, and does not see them read."""
+"""By modules of the user while they were imported: a later stage finds them there, and does not see them read."""
 
 
 def dependencies(read: Iterable[str]) -> Dependencies:
     """Those of all of the user's code in this process: an earlier stage may have imported what a later one calls.
 
     Args:
-        read: files that the code read.
+        read: files that the code read. Of those that are gone nobody can tell whether they change: they do not count.
     """
-    return Dependencies(tuple(sorted({*_user_files(), *_read_at_import, *read})), tuple(_imported_distributions()))
+    files = {*_user_files(), *(name for name in (*_read_at_import, *read) if Path(name).is_file())}
+    return Dependencies(tuple(sorted(files)), tuple(_imported_distributions()))
+
+
+def watch_imports() -> None:
+    """From now on, for good, note which files modules read while they are imported, wherever the import stands."""
+    installed = _installed_folders()
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and _is_read(arguments) and _is_importing():
+            _note(arguments[0], installed, _read_at_import)
+
+    sys.addaudithook(listen)
+
+
+def _is_importing() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "exec_module" and frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def imported(module: str) -> ModuleType:
     """The user's module, of the current folder, PYTHONPATH or what is installed; what it raises, it raises."""
     search_current_folder()
-    with files_opened() as opened:
-        try:
-            return importlib.import_module(module)
-        finally:
-            _read_at_import.update(opened)
+    return importlib.import_module(module)
 
 
 def _imported_distributions() -> list[str]:
@@ -84,13 +101,8 @@ def files_opened() -> Iterator[set[str]]:
     installed = _installed_folders()
 
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
-        if not listening or event != "open" or not isinstance(arguments[0], str):
-            return
-        mode = arguments[1]
-        if isinstance(mode, str) and not set(mode) & set("wax+"):
-            path = Path(arguments[0]).resolve()
-            if path.suffix != ".pyc" and path.is_file() and not any(map(path.is_relative_to, installed)):
-                found.add(str(path))
+        if listening and event == "open" and _is_read(arguments):
+            _note(arguments[0], installed, found)
 
     sys.addaudithook(listen)
     try:
@@ -98,6 +110,18 @@ def files_opened() -> Iterator[set[str]]:
     finally:
         # An audit hook cannot be taken off again.
         listening = False
+
+
+def _is_read(arguments: tuple[Any, ...]) -> bool:
+    """Whether the arguments of an `open` event are those of reading what can be the user's."""
+    name, mode = arguments[:2]
+    return isinstance(name, str) and not name.endswith(".pyc") and isinstance(mode, str) and not set(mode) & set("wax+")
+
+
+def _note(name: str, installed: Sequence[Path], found: set[str]) -> None:
+    path = Path(name).resolve()
+    if path.is_file() and not any(map(path.is_relative_to, installed)):
+        found.add(str(path))
 
 
 def _installed_folders() -> list[Path]:

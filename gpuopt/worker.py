@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
-from gpuopt import environment, errors, time_limit
+from gpuopt import environment, errors, time_limit, user_code
 from gpuopt.artifact import StageOutcome
 from gpuopt.errors import BuildError, GpuoptError, RequirementError, TimeLimitError, defect
 from gpuopt.interpreter import search_path
@@ -212,6 +212,7 @@ def serve(descriptor: int) -> None:
     """The worker's life: answer requests that come over the pipe until it closes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    user_code.watch_imports()
     # Ctrl-C reaches the whole process group; the parent decides and kills this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)

@@ -103,6 +103,44 @@ def test_code_that_the_data_share_with_the_model_is_part_of_the_key(gpuopt: Gpuo
     assert stages(gpuopt(*arguments, cwd=tmp_path))["export"] is True
 
 
+SHARED = {
+    "m.py": (
+        "from torch import nn\nimport common\nclass Model(nn.Module):\n"
+        "    def forward(self, x):\n        return x * common.FACTOR\ndef make():\n    return Model()\n"
+    ),
+    "common.py": "import json\nfrom pathlib import Path\nFACTOR = json.loads(Path('common.json').read_text())\n",
+    "common.json": "2.0",
+    "d.py": (
+        "import tempfile\nfrom pathlib import Path\nimport numpy as np\n"
+        "with tempfile.NamedTemporaryFile('w') as file:\n    Path(file.name).read_text()\n"
+        "def data():\n    import common\n    exec(Path('edit.txt').read_text())\n"
+        "    yield {'x': np.ones((1, 4), np.float32)}\n"
+    ),
+    "edit.txt": "",
+}
+
+
+def test_code_that_is_imported_in_a_function_and_edited_meanwhile(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    for name, text in SHARED.items():
+        (tmp_path / name).write_text(text)
+    arguments = ("compile", "m:make", "-c", "d:data", "-p", "fp32", "-t", "onnxruntime", "--json")
+
+    def is_cached() -> bool:
+        return stages(gpuopt(*arguments, cwd=tmp_path))["export"]
+
+    # A file that is gone again, as of tempfile, does not keep the export from being used again.
+    assert [is_cached(), is_cached()] == [False, True]
+    (tmp_path / "common.json").write_text("3.0")
+    assert [is_cached(), is_cached()] == [False, True]
+    # As an edit while the data are read: what runs is what was imported before, and is not what the file says.
+    (tmp_path / "edit.txt").write_text("Path('common.py').write_text('FACTOR = 7.0\\n')")
+    edited = gpuopt(*arguments, cwd=tmp_path)
+    assert stages(edited)["export"] is False
+    assert "common.py changed while it was used" in edited.stderr
+    (tmp_path / "edit.txt").write_text("")
+    assert [is_cached(), is_cached()] == [False, True]
+
+
 def test_two_runs_at_once_do_not_harm_each_other(gpuopt: Gpuopt, model: Path, tmp_path: Path) -> None:
     own = {"GPUOPT_CACHE_DIR": str(tmp_path / "cache")}
     with ThreadPoolExecutor(2) as pool:
