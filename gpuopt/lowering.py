@@ -30,7 +30,7 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     imaginary parts beside each other. That needs a constant length, and one that keeps the matrix small. (ONNX
     Runtime's own transform is faster from some hundred values on.)
     """
-    if all(node.op_type not in _LOWERINGS or node.domain for node in model.graph.node):
+    if not has_such_operators(model):
         return model
     model = onnx_model.with_types(model)
     graph = _Graph(model)
@@ -42,6 +42,11 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
             for offset, new in enumerate(made):
                 model.graph.node.insert(position + offset, new)
     return model
+
+
+def has_such_operators(model: onnx.ModelProto) -> bool:
+    """Whether there is one that `lowered` knows, in the main graph."""
+    return any(node.op_type in _LOWERINGS and not node.domain for node in model.graph.node)
 
 
 class _Graph:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx
+from onnx import TensorProto, helper
 
 from gpuopt import onnx_model
 from gpuopt.artifact import ONNX_FILE, StageOutcome
@@ -29,6 +31,7 @@ def run(context: StageContext) -> StageOutcome:
     model, warnings = _with_fp16_scales(onnx_model.load(context.engine_graph()))
     # The converter takes every output for a node's.
     onnx_model.constant_outputs_made_by_nodes(model)
+    own = {node.name: kind for node in model.graph.node if (kind := _kind_of_cast(node)) is not None}
     keep = [n.name for n in model.graph.node if any(fnmatch.fnmatchcase(n.name, p) for p in settings.nodes_to_keep)]
     path = context.made("engine_onnx" if "engine_onnx" in context.artifacts else "onnx") / ONNX_FILE
     level = logging.root.manager.disable
@@ -41,7 +44,7 @@ def run(context: StageContext) -> StageOutcome:
             node_block_list=keep,
         )
         converted = onnx_model.sort_topologically(converted)
-        _stay_in_fp32(converted)
+        _stay_in_fp32(converted, own)
         if context.recipe.build.legacy and "engine_onnx" not in context.artifacts:
             # TensorRT 8 chooses FP16 itself, layer by layer, in a graph that is FP32.
             onnx_model.save(onnx_model.load(context.engine_graph()), context.made("engine_onnx"))
@@ -60,43 +63,57 @@ def run(context: StageContext) -> StageOutcome:
         {
             "kept_in_fp32": keep,
             "cast_nodes": casts,
-            "fp16_weights": weights[onnx.TensorProto.FLOAT16],
-            "fp32_weights": weights[onnx.TensorProto.FLOAT],
+            "fp16_weights": weights[TensorProto.FLOAT16],
+            "fp32_weights": weights[TensorProto.FLOAT],
         },
         warnings,
     )
 
 
-def _stay_in_fp32(model: onnx.ModelProto) -> None:
-    """Take out what the converter puts between two nodes in FP32: a cast to FP16, which may not hold it, and back."""
+def _stay_in_fp32(model: onnx.ModelProto, own: Mapping[str, int]) -> None:
+    """Take out what the converter puts between two nodes in FP32: a cast to FP16, which may not hold it, and back.
+
+    Args:
+        own: the model's own casts, type by node: a pair of them is meant, and one to FP32 became one to FP16.
+    """
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     kinds = onnx_model.element_types(model)
     outputs = {value.name for value in graph.output}
     renamed: dict[str, str] = {}
-    for node in list(graph.node):
-        there = makers.get(node.input[0]) if _casts(node, onnx.TensorProto.FLOAT) else None
-        if there is None or not _casts(there, onnx.TensorProto.FLOAT16):
+    for node in graph.node:
+        there = makers.get(node.input[0]) if _casts(node, TensorProto.FLOAT) else None
+        if there is None or not _casts(there, TensorProto.FLOAT16):
+            continue
+        if node.name in own and there.name in own:
             continue
         source = renamed.get(there.input[0], there.input[0])
-        if kinds.get(source) != onnx.TensorProto.FLOAT:
-            continue
-        if node.output[0] in outputs:
-            node.CopyFrom(onnx.helper.make_node("Identity", [source], list(node.output), name=node.name))
-        else:
-            renamed[node.output[0]] = source
-            graph.node.remove(node)
-    for value in [value for value in graph.value_info if value.name in renamed]:
-        graph.value_info.remove(value)
+        if kinds.get(source) == TensorProto.FLOAT:
+            if node.output[0] in outputs:
+                node.CopyFrom(helper.make_node("Identity", [source], list(node.output), name=node.name))
+            else:
+                renamed[node.output[0]] = source
+        elif own.get(there.name) == TensorProto.FLOAT:
+            node.input[0] = source
+    dropped = set(renamed)
+    kept = [node for node in graph.node if not dropped.intersection(node.output)]
+    read = set[str]().union(outputs, *map(onnx_model.names_read, kept), renamed.values())
+    idle = {node.output[0] for node in kept if _casts(node, TensorProto.FLOAT16)} - read
+    nodes = [node for node in kept if not idle.intersection(node.output)]
+    values = [value for value in graph.value_info if value.name not in dropped | idle]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.value_info.extend(values)
     onnx_model.rename_tensors(graph, renamed)
-    read = set[str]().union(outputs, *map(onnx_model.names_read, graph.node))
-    for node in list(graph.node):
-        if _casts(node, onnx.TensorProto.FLOAT16) and node.output[0] not in read:
-            graph.node.remove(node)
+
+
+def _kind_of_cast(node: onnx.NodeProto) -> int | None:
+    """What a Cast makes; None of other nodes."""
+    return next((int(a.i) for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
 
 
 def _casts(node: onnx.NodeProto, kind: int) -> bool:
-    return node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
+    return _kind_of_cast(node) == kind
 
 
 def _with_fp16_scales(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:

@@ -103,3 +103,25 @@ def test_what_passes_between_nodes_in_fp32_may_be_more_than_fp16_holds(tmp_path:
         assert np.allclose(got, want, rtol=2e-3)
     if keep == ("*",):
         assert "Cast" not in {node.op_type for node in made.graph.node}
+
+
+def test_a_pair_of_casts_of_the_model_s_own_stays_and_integers_pass_fp16_by(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in ("y", "z")]
+    nodes = [
+        helper.make_node("Cast", ["n"], ["f"], "from_integer", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["f", "scale"], ["y"], "kept"),
+        helper.make_node("Cast", ["y"], ["h"], "rounding", to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["h"], ["r"], "back", to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["y", "r"], ["z"], "difference"),
+    ]
+    inputs = [helper.make_tensor_value_info("n", TensorProto.INT64, [3])]
+    scale = numpy_helper.from_array(np.float32(1e-3), "scale")
+    graph = helper.make_graph(nodes, "g", inputs, values, [scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    n = np.array([100_001, 234_567, 999_999])
+    cast_to_fp16(model, tmp_path, ("kept", "rounding", "back", "difference"))
+    y, z = outputs(tmp_path / "made/onnx", {"n": n})
+    want = n.astype(np.float32) * np.float32(1e-3)
+    assert np.allclose(y, want, rtol=1e-6)
+    assert np.allclose(z, want - want.astype(np.float16).astype(np.float32), atol=1e-4)
+    assert np.abs(z).max() > 1e-3
