@@ -271,10 +271,12 @@ def test_the_packages_that_a_factory_uses_are_part_of_the_key(here: Path, monkey
     assert found[0] != found[1]
 
 
-def test_what_is_imported_is_known_by_its_distribution() -> None:
-    found = user_code.dependencies(["w.npy"])
+def test_what_is_imported_is_known_by_its_distribution_and_what_is_read_while_it_is_there(here: Path) -> None:
+    (here / "w.npy").write_bytes(b"")
+    found = user_code.dependencies([str(here / "w.npy"), str(here / "gone.npy")])
     assert {"numpy", "pydantic"} <= set(found.distributions)
-    assert "w.npy" in found.files
+    assert str(here / "w.npy") in found.files
+    assert str(here / "gone.npy") not in found.files
 
 
 def test_analysis_is_for_int8() -> None:
