@@ -120,8 +120,8 @@ def prove(
 
 
 def _judged_as(precision: Precision, tf32: bool, compute_capability: str) -> Precision:
-    """Whose limits an engine has. TF32, of GPUs from 8.0 on, has FP16's ten bits of mantissa, and cuts where FP16
-    rounds: a MobileNetV3 came to 34 dB with it on an H100, and to 45 dB in FP16."""
+    """Whose limits an engine has. TF32, of GPUs from 8.0 on, has FP16's ten bits of mantissa: a MobileNetV3 came to
+    34 dB with it on an H100, and to 45 dB in FP16."""
     has_tf32 = int(compute_capability.partition(".")[0]) >= 8
     return "fp16" if precision == "fp32" and tf32 and has_tf32 else precision
 

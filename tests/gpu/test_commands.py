@@ -186,8 +186,7 @@ def test_an_engine_with_inputs_in_fp16_is_proved(commands: Commands) -> None:
 def test_profile_names_every_layer(commands: Commands) -> None:
     commands.compiled("-p", "fp16", "-o", "fp16.gpuopt")
     report = commands.report("profile", "fp16.gpuopt", "--json")
-    assert report["sum_ms"] > 0
-    assert report["latency_ms"] > 0
+    assert report["sum_ms"] >= 0.5 * report["latency_ms"] > 0
     computing = [layer for layer in report["layers"] if layer["op_types"]]
     assert {"Conv"} <= {op for layer in computing for op in layer["op_types"]}
     assert any(layer["operations"] > 0 for layer in computing)
