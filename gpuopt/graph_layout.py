@@ -296,7 +296,7 @@ def _by_weight(weight: _Array, conv: onnx.NodeProto, numbers: _Array) -> _Array:
 
 
 def _pads(conv: onnx.NodeProto) -> bool:
-    attributes = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
+    attributes = onnx_model.attributes(conv)
     automatic = attributes.get("auto_pad", b"NOTSET")
     return automatic not in (b"NOTSET", b"VALID") or any(attributes.get("pads", ()))
 

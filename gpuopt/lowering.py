@@ -91,10 +91,6 @@ def _is_constant(node: onnx.NodeProto) -> bool:
     return node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value"
 
 
-def _settings(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
 def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     data, *sizes = node.input
     if not graph.has_constants(sizes):
@@ -104,7 +100,7 @@ def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     places = int(np.prod(block))
     if not kind or len(image) != 2 or len(shape) != 3 or not shape[1] or shape[1] % places:
         return []
-    settings = _settings(node)
+    settings = onnx_model.attributes(node)
     strides, dilations = settings.get("strides", [1, 1]), settings.get("dilations", [1, 1])
     pads = settings.get("pads", [0, 0, 0, 0])
     channels, spans = shape[1] // places, [d * (k - 1) + 1 for d, k in zip(dilations, block, strict=True)]
@@ -128,7 +124,7 @@ def _col2im(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
 
 def _dft(node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto]:
     data, *others = node.input
-    settings = _settings(node)
+    settings = onnx_model.attributes(node)
     if not graph.has_constants(name for name in others if name):
         return []
     given = [int(graph.values(name).item()) if name else None for name in others] + [None, None]

@@ -8,6 +8,7 @@ import math
 import string
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -254,6 +255,11 @@ def tensor_names(graph: onnx.GraphProto) -> set[str]:
         for inner in subgraphs(node):
             names |= tensor_names(inner)
     return names
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name, as Python's values; texts are bytes."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from gpuopt import onnx_model
 from gpuopt.errors import StorageError
 from gpuopt.reference import save_arrays
 
@@ -115,7 +116,7 @@ def of_graph(model: onnx.ModelProto) -> list[FirstConv]:
         if node.op_type != "Conv" or node.input[0] not in inputs - set(found) or node.input[1] not in constants:
             continue
         weight = _array(constants[node.input[1]])
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        attributes = onnx_model.attributes(node)
         axes = weight.ndim - 2
         if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
             continue

@@ -46,7 +46,7 @@ def _is_replaced(node: onnx.NodeProto, ranks: dict[str, int]) -> bool:
 def _spelled_out(
     node: onnx.NodeProto, ranks: dict[str, int], used: set[str], graph: onnx.GraphProto
 ) -> list[onnx.NodeProto]:
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = onnx_model.attributes(node)
     axis = attributes.get("axis", -1)
     # The scale has the shape of what is normalised: its rank tells the axes where they are counted from the front.
     axes = list(range(axis if axis < 0 else -ranks[node.input[1]], 0))
