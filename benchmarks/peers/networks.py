@@ -78,13 +78,21 @@ def mobilenet_v3_small() -> nn.Module:
 
 
 def imagenet_mobilenet_v3_small() -> nn.Module:
-    """For images of 224 pixels: random weights, but statistics of BatchNorm that fit them.
-
-    With those that torchvision starts from, signals fade from layer to layer until FP16 has no numbers for them.
-    """
+    """For images of 224 pixels. With the statistics torchvision starts from, signals fade until FP16 has none left."""
     from torchvision import models
 
-    model = models.mobilenet_v3_small()
+    return _with_fitting_statistics(models.mobilenet_v3_small())
+
+
+def imagenet_resnet50() -> nn.Module:
+    """For images of 224 pixels. With the statistics torchvision starts from, all biases of convolutions are 0."""
+    from torchvision import models
+
+    return _with_fitting_statistics(models.resnet50())
+
+
+def _with_fitting_statistics(model: nn.Module) -> nn.Module:
+    """Random weights, but statistics of BatchNorm as such images have them, as a trained network's."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None

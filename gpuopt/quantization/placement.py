@@ -3,12 +3,15 @@
 The rules are TensorRT's. It fuses Q/DQ on the inputs of convolutions and matrix products. It fuses
 a convolution with the Add behind it, and keeps the sum in INT8, when the *other* operand of that
 Add, the residual, arrives quantized; Q/DQ between the convolution and the Add would part them.
-Where both operands are convolutions, the one at the end of the longer path is fused and the
-shortcut is the residual: NVIDIA's quantized ResNets put their residual quantizer behind the
-downsampling convolution, and its ONNX quantizer compares the distances to the common ancestor.
+Where both operands are convolutions, the shortcut's is fused and the longer path is the residual,
+as TensorRT's own calibrator has it. NVIDIA's quantized ResNets do the opposite: of the seven blocks
+in ResNet-50 (batch 32) and ResNet-18 (digits) two then took 12 and 13 % longer on an H100 with
+TensorRT 8.5, one 4 %, the others the same within 2 %.
 Operators that only move or select values (Concat, MaxPool, Reshape, ...) commute with Q/DQ: with
 one scale on either side they run in INT8. An average does not commute, but has INT8 kernels with a
-scale on either side: between INT8 neighbours it saves two changes of format. INT8 is slower than
+scale on either side: between INT8 neighbours it saves two changes of format. A network's average
+over all places takes INT8 whatever reads it, since the rounding of its many values evens out: else
+the convolution in front and its residual would have to give floating point. INT8 is slower than
 FP16 on layers with few channels and on matrix-vector products, with one exception: the first
 convolution of an image network, which TensorRT fuses with the activation and pooling behind it
 (ResNet-50, batch 32, H100, TensorRT 8.5: 60 us instead of 172). Products of two activations
@@ -439,8 +442,8 @@ def _residual(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodePr
                 "the convolution's output is broadcast or read elsewhere, too: it is not fused with the Add"
             )
         return _Verdict("no convolution directly behind it: TensorRT fuses a quantized residual with convolutions only")
-    # max gives the first of equals.
-    fused = max(fusible, key=lambda index: graph.depths[node.input[index]])
+    # min gives the first of equals.
+    fused = min(fusible, key=lambda index: graph.depths[node.input[index]])
     convolution = graph.producers[node.input[fused]]
     residual = 1 - fused
     if not _same_shape(graph, node.input[residual], node.output[0]):
@@ -495,12 +498,14 @@ def _commuting(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodeP
 
 
 def _average(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodeProto) -> _Verdict | None:
-    """An average between a layer that can give INT8 and readers that all take it; None where it is not."""
+    """An average behind a layer that can give INT8: over all places, or with readers that all take it; else None."""
     source, output = node.input[0], node.output[0]
     readers = graph.readers.get(output, [])
-    if not readers or output in graph.outputs or source in graph.constants:
+    is_output = output in graph.outputs
+    if not (readers or is_output) or source in graph.constants:
         return None
-    if not all(regions.reads_int8(reader, index) for reader, index in readers):
+    between = not is_output and all(regions.reads_int8(reader, index) for reader, index in readers)
+    if not between and node.op_type != "GlobalAveragePool":
         return None
     if source in graph.inputs or not graph.only_reader(source, node) or not _gives_int8(graph, regions, source):
         return None
@@ -508,7 +513,8 @@ def _average(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodePro
         return _Verdict(reason)
     regions.measured.add(source)
     regions.decisive.add(source)
-    return _Verdict("", (0,), "an average between INT8 layers")
+    about = "an average between INT8 layers" if between else "the average of INT8 values, in floating point"
+    return _Verdict("", (0,), about)
 
 
 def _gives_int8(graph: _Graph, regions: _Regions, name: str) -> bool:

@@ -54,7 +54,9 @@ def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
             with contextlib.suppress(Exception):
                 copy = onnxslim.slim(copy)
             copy = lowered(copy)
-        _finish(onnxslim.slim(copy), context)
+        copy = onnxslim.slim(copy)
+        onnx_model.zero_biases_dropped(copy)
+        _finish(copy, context)
         onnx_model.check(path)
         stored = reference.load(context.folder("reference"))
         difference = first_difference(Session(path), stored, SAME)

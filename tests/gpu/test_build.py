@@ -185,6 +185,7 @@ def test_fp16_is_delivered(trt: ModuleType, options: BuildOptions, context: Any,
         model = float16.convert_float_to_float16(model, keep_io_types=True)
     built = make(model, tmp_path, replace(options, precision="fp16"))
     assert built.applied.get("precision_flags") == (["FP16"] if version(trt) < (10, 0) else None)
+    assert built.applied["timing_iterations"] == 8
     got, layers = infer(trt, context, built.plan, images())
     assert re.search("fp16|half", layers, re.IGNORECASE), layers[:2000]
     assert sqnr_db(got, reference(images())) > 30

@@ -358,3 +358,30 @@ def test_scales_and_sizes_of_any_dtype_state_shapes() -> None:
     node = helper.make_node("Resize", ["x", "", "scales"], ["y"], name="up")
     model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:], [scales]))
     assert onnx_model.concrete_shapes(model, {"x": (1, 8, 4, 5)})["y"] == (1, 8, 8, 15)
+
+
+@pytest.mark.parametrize(("opset", "left"), [(17, ["kept", "shared"]), (10, ["kept", "shared", "zero"])])
+def test_biases_of_zeros_are_dropped_where_they_are_optional(opset: int, left: list[str]) -> None:
+    def constant(name: str, *values: float) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.array(values, np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "zero"], ["a"]),
+        helper.make_node("Conv", ["a", "w", "kept"], ["b"]),
+        helper.make_node("Conv", ["b", "w", "shared"], ["c"]),
+        helper.make_node("Add", ["c", "shared"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["e"]),
+        helper.make_node("Gemm", ["e", "g", "zero"], ["y"]),
+    ]
+    weights = [
+        numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), "w"),
+        numpy_helper.from_array(np.ones((2, 2), np.float32), "g"),
+        constant("zero", 0, -0.0), constant("kept", 0, 1), constant("shared", 0, 0),
+    ]  # fmt: skip
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 2, 1, 1]), ("y", [1, 2])))
+    model = helper.make_model(
+        helper.make_graph(nodes, "biases", [x], [y], weights), opset_imports=[helper.make_opsetid("", opset)]
+    )
+    onnx_model.zero_biases_dropped(model)
+    assert [len(n.input) for n in model.graph.node if n.op_type == "Conv"] == [2, 3, 2]
+    assert sorted(t.name for t in model.graph.initializer if t.name not in "wg") == left

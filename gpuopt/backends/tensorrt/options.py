@@ -47,7 +47,7 @@ class BuildOptions:
         require_timing_cache: refuse to build if `timing_cache` does not exist or does not fit.
         tactic_sources: TensorRT's names, as `EDGE_MASK_CONVOLUTIONS`; empty: the builder's own choice.
         auxiliary_streams: at most so many inside one engine; None: the builder's own. TensorRT 8.6 and newer.
-        timing_iterations: how often each tactic is timed; None: the builder's own.
+        timing_iterations: how often each tactic is timed; None: `configuration.TIMING_ITERATIONS`.
         version_compatible: the engine runs in later minor releases of the same major one.
         hardware_compatibility: the GPUs beside the one of the build.
         refit: weights can be replaced later.

@@ -129,11 +129,11 @@ def test_the_first_convolution_over_an_image_is_quantized() -> None:
     assert reason(inside) == "3 channels on a side, fewer than quantize.min_channels 16"
 
 
-def averaged(*, tail: str = "Gemm", second_reader: bool = False) -> onnx.ModelProto:
+def averaged(*, average: str = "GlobalAveragePool", tail: str = "Gemm", second_reader: bool = False) -> onnx.ModelProto:
     nodes = [
         node("Conv", "x", "w", "c"),
         node("Relu", "c", "r"),
-        node("GlobalAveragePool", "r", "g"),
+        node(average, "r", "g"),
         node("Flatten", "g", "f"),
         node(tail, "f", "v", "y") if tail == "Gemm" else node(tail, "f", "y"),
     ]
@@ -152,10 +152,21 @@ def test_an_average_between_int8_layers_runs_in_int8_with_a_scale_of_its_own() -
     assert "r" in candidate_tensors(averaged())
 
 
-@pytest.mark.parametrize("changes", [{"tail": "Softmax"}, {"second_reader": True}])
+@pytest.mark.parametrize("changes", [{"average": "AveragePool", "tail": "Softmax"}, {"second_reader": True}])
 def test_an_average_with_a_neighbour_in_floating_point_stays_out(changes: dict[str, Any]) -> None:
     decided = {d.op_type: d for d in decide(averaged(**changes))}
-    assert "GlobalAveragePool" not in decided
+    assert changes.get("average", "GlobalAveragePool") not in decided
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+def test_an_average_over_all_places_takes_int8_whatever_reads_it(is_output: bool) -> None:
+    model = averaged(tail="Softmax")
+    if is_output:
+        del model.graph.node[3:]
+        model.graph.output[0].name = "g"
+    average = next(d for d in decide(model) if d.op_type == "GlobalAveragePool")
+    assert [operand.tensor for operand in average.inputs] == ["r"]
+    assert average.note.startswith("the average of INT8 values, in floating point, input 'r' scale ")
 
 
 def test_a_fourier_transform_stays_out() -> None:
@@ -202,8 +213,8 @@ def test_only_the_residual_of_an_add_behind_a_convolution_is_quantized(order: tu
     assert candidate_tensors(model) == ["x"]
 
 
-def test_of_two_convolutions_the_shorter_path_is_the_residual() -> None:
-    """As in a ResNet: the main path is fused with the Add, what comes from the downsampling shortcut is quantized."""
+def test_of_two_convolutions_the_longer_path_is_the_residual() -> None:
+    """As in a ResNet: the downsampling shortcut is fused with the Add, what comes from the main path is quantized."""
     nodes = [
         node("Conv", "x", "w", "a"),
         node("Relu", "a", "r"),
@@ -212,8 +223,8 @@ def test_of_two_convolutions_the_shorter_path_is_the_residual() -> None:
     ]
     for operands in (("main", "short"), ("short", "main")):
         model = graph([*nodes, node("Add", *operands, "y")], w=(16, 16, 1, 1))
-        assert chosen(decide(model)[-1]) == ["short"]
-        assert candidate_tensors(model) == ["x", "r", "short"]
+        assert chosen(decide(model)[-1]) == ["main"]
+        assert candidate_tensors(model) == ["x", "r", "main"]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +381,7 @@ def test_every_node_is_explained() -> None:
         [
             node("Conv", "x", "w", "c", group=16),
             node("Relu", "c", "r"),
-            node("GlobalAveragePool", "r", "g"),
+            node("AveragePool", "r", "g"),
             node("Flatten", "g", "f"),
             node("Softmax", "f", "y"),
         ],

@@ -166,10 +166,10 @@ def test_a_variant_beside_the_weights_file_is_small_and_computes_the_same(tmp_pa
 def test_what_depends_on_a_node_falls_back_with_it(tmp_path: Path) -> None:
     variants = subject()
     assert variants.in_int8([]) is variants.model
-    fallen = variants.placed({"c2"}, "because")
+    fallen = variants.placed({"s"}, "because")
     assert [(d.node, d.reason) for d in fallen if not d.quantized] == [
-        ("c2", "because"),
-        ("a", "Conv 'c2' behind it stays in floating point"),
+        ("s", "because"),
+        ("a", "Conv 's' behind it stays in floating point"),
     ]
 
 
