@@ -5,8 +5,8 @@ a convolution with the Add behind it, and keeps the sum in INT8, when the *other
 Add, the residual, arrives quantized; Q/DQ between the convolution and the Add would part them.
 Where both operands are convolutions, the shortcut's is fused and the longer path is the residual,
 as TensorRT's own calibrator has it. NVIDIA's quantized ResNets do the opposite: of the seven blocks
-in ResNet-50 (batch 32) and ResNet-18 (digits) two then took 12 and 13 % longer on an H100 with
-TensorRT 8.5, one 4 %, the others the same within 2 %.
+in ResNet-50 (batch 32) and ResNet-18 (digits) three then took 6, 11 and 15 % longer for the two
+convolutions on an H100 with TensorRT 8.5, the others the same within 2 %.
 Operators that only move or select values (Concat, MaxPool, Reshape, ...) commute with Q/DQ: with
 one scale on either side they run in INT8. An average does not commute, but has INT8 kernels with a
 scale on either side: between INT8 neighbours it saves two changes of format. A network's average
