@@ -11,9 +11,9 @@ benchmarks/.work/gpu or in --folder, which may be carried from one machine to an
 already is not made again. Builders take turns on the GPU (nine at a time on one H100 took six times as long each as
 one alone), so that more jobs (--jobs) overlap only what the CPU does.
 
-The networks for ImageNet have random weights: their times are those of trained ones, their accuracy says nothing beyond
-the distance to PyTorch. The accuracy of INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's
-digits.
+The networks for ImageNet have random weights: TensorRT's times are those of trained ones (ONNX Runtime CUDA gains by
+their biases, which are 0 and left out), their accuracy says nothing beyond the distance to PyTorch. The accuracy of
+INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's digits.
 
 What a time is: one inference of the batch, inputs and outputs on the GPU, launched as a CUDA graph where it says so,
 the next one enqueued before the last has ended; the engines of a network run in turn, round by round, in one process.

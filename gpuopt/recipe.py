@@ -388,7 +388,9 @@ class BuildSection(Section):
         None, description="File of tactic timings; empty: one per TensorRT version and GPU in gpuopt's cache."
     )
     require_timing_cache: bool = Field(False, description="Fail where no fitting timing cache is there, for CI.")
-    timing_iterations: int | None = Field(None, ge=1, description="How often each tactic is timed; empty: 8 times.")
+    timing_iterations: int | None = Field(
+        None, ge=1, description="How often a tactic that the cache lacks is timed; empty: 8 times."
+    )
     tactic_sources: Names = Field((), description="TensorRT's names; empty: its own choice.")
     auxiliary_streams: int | None = Field(None, ge=0, description="At most so many inside one engine.")
     version_compatible: bool = Field(False, description="Runs in later minor releases of TensorRT, too.")

@@ -3,15 +3,15 @@
 The rules are TensorRT's. It fuses Q/DQ on the inputs of convolutions and matrix products. It fuses
 a convolution with the Add behind it, and keeps the sum in INT8, when the *other* operand of that
 Add, the residual, arrives quantized; Q/DQ between the convolution and the Add would part them.
-Where both operands are convolutions, the shortcut's is fused and the longer path is the residual,
+Where both operands are quantized convolutions, the shortcut's is fused, the longer path the residual,
 as TensorRT's own calibrator has it. NVIDIA's quantized ResNets do the opposite: of the seven blocks
 in ResNet-50 (batch 32) and ResNet-18 (digits) three then took 6, 11 and 15 % longer for the two
 convolutions on an H100 with TensorRT 8.5, the others the same within 2 %.
 Operators that only move or select values (Concat, MaxPool, Reshape, ...) commute with Q/DQ: with
 one scale on either side they run in INT8. An average does not commute, but has INT8 kernels with a
-scale on either side: between INT8 neighbours it saves two changes of format. A network's average
-over all places takes INT8 whatever reads it, since the rounding of its many values evens out: else
-the convolution in front and its residual would have to give floating point. INT8 is slower than
+scale on either side: between INT8 neighbours it saves two changes of format. An average over all
+places has its input quantized whatever reads it, since the rounding of its many values evens out:
+else the convolution in front and its residual would have to give floating point. INT8 is slower than
 FP16 on layers with few channels and on matrix-vector products, with one exception: the first
 convolution of an image network, which TensorRT fuses with the activation and pooling behind it
 (ResNet-50, batch 32, H100, TensorRT 8.5: 60 us instead of 172). Products of two activations
@@ -442,15 +442,19 @@ def _residual(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodePr
                 "the convolution's output is broadcast or read elsewhere, too: it is not fused with the Add"
             )
         return _Verdict("no convolution directly behind it: TensorRT fuses a quantized residual with convolutions only")
+    in_int8 = [index for index in fusible if not regions.verdicts[node.input[index]].reason]
     # min gives the first of equals.
-    fused = min(fusible, key=lambda index: graph.depths[node.input[index]])
+    fused = min(in_int8 or fusible, key=lambda index: graph.depths[node.input[index]])
     convolution = graph.producers[node.input[fused]]
     residual = 1 - fused
     if not _same_shape(graph, node.input[residual], node.output[0]):
         return _Verdict("the other operand is broadcast: TensorRT fuses residuals of the output's shape")
-    if regions.verdicts[convolution.output[0]].reason:
+    if not in_int8:
         return _Verdict(f"{convolution.op_type} '{convolution.name}' behind it stays in floating point")
-    operands = (0, 1) if rules.qoperator else (residual,)
+    operands: tuple[int, ...] = (0, 1) if rules.qoperator else (residual,)
+    if rules.settings is None and not rules.qoperator:
+        # Settings may keep either convolution out.
+        operands = tuple(sorted(1 - index for index in in_int8))
     outputs = node.output if rules.qoperator else ()
     if reason := rules.refused_by_range([*(node.input[index] for index in operands), *outputs]):
         return _Verdict(reason)

@@ -360,7 +360,10 @@ def test_scales_and_sizes_of_any_dtype_state_shapes() -> None:
     assert onnx_model.concrete_shapes(model, {"x": (1, 8, 4, 5)})["y"] == (1, 8, 8, 15)
 
 
-@pytest.mark.parametrize(("opset", "left"), [(17, ["kept", "shared"]), (10, ["kept", "shared", "zero"])])
+@pytest.mark.parametrize(
+    ("opset", "left"),
+    [(17, ["given", "kept", "negative", "shared"]), (10, ["given", "kept", "negative", "shared", "zero"])],
+)
 def test_biases_of_zeros_are_dropped_where_they_are_optional(opset: int, left: list[str]) -> None:
     def constant(name: str, *values: float) -> onnx.TensorProto:
         return numpy_helper.from_array(np.array(values, np.float32), name)
@@ -369,19 +372,39 @@ def test_biases_of_zeros_are_dropped_where_they_are_optional(opset: int, left: l
         helper.make_node("Conv", ["x", "w", "zero"], ["a"]),
         helper.make_node("Conv", ["a", "w", "kept"], ["b"]),
         helper.make_node("Conv", ["b", "w", "shared"], ["c"]),
-        helper.make_node("Add", ["c", "shared"], ["d"]),
-        helper.make_node("Flatten", ["d"], ["e"]),
-        helper.make_node("Gemm", ["e", "g", "zero"], ["y"]),
+        helper.make_node("Flatten", ["c"], ["d"]),
+        helper.make_node("Add", ["d", "shared"], ["e"]),
+        helper.make_node("Gemm", ["e", "g", "zero"], ["h"]),
+        helper.make_node("Reshape", ["h", "shape"], ["i"]),
+        helper.make_node("ConvTranspose", ["i", "w", "zero"], ["j"]),
+        helper.make_node("ConvTranspose", ["j", "w", "negative"], ["k"]),
+        helper.make_node("Conv", ["k", "w", "given"], ["y"]),
     ]
     weights = [
         numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), "w"),
         numpy_helper.from_array(np.ones((2, 2), np.float32), "g"),
-        constant("zero", 0, -0.0), constant("kept", 0, 1), constant("shared", 0, 0),
+        constant("zero", 0, -0.0), constant("kept", 0, 1), constant("shared", 0, 0), constant("negative", 0, -1),
+        constant("given", 0, 0), numpy_helper.from_array(np.array([1, 2, 1, 1], np.int64), "shape"),
     ]  # fmt: skip
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 2, 1, 1]), ("y", [1, 2])))
+    x, given, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, 2, 1, 1]), ("given", [2]), ("y", [1, 2, 1, 1]))
+    )
+    made = helper.make_graph(nodes, "biases", [x, given], [y], weights)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    value = np.array([1, -2], np.float32).reshape(1, 2, 1, 1)
+    before = ort.InferenceSession(model.SerializeToString()).run(None, {"x": value})
+    onnx_model.zero_biases_dropped(model)
+    assert np.array_equal(before, ort.InferenceSession(model.SerializeToString()).run(None, {"x": value}))
+    assert [len(n.input) for n in model.graph.node if "Conv" in n.op_type] == [2, 3, 2, 2, 3, 3]
+    assert sorted(t.name for t in model.graph.initializer if t.name not in "wgshape") == left
+
+
+def test_an_operator_of_a_domain_of_its_own_keeps_its_zeros() -> None:
+    zero = numpy_helper.from_array(np.zeros(2, np.float32), "zero")
+    x, y = (tensor(name, [1, 2, 1, 1]) for name in "xy")
     model = helper.make_model(
-        helper.make_graph(nodes, "biases", [x], [y], weights), opset_imports=[helper.make_opsetid("", opset)]
+        helper.make_graph([helper.make_node("Conv", ["x", "x", "zero"], ["y"], domain="mine")], "one", [x], [y], [zero])
     )
     onnx_model.zero_biases_dropped(model)
-    assert [len(n.input) for n in model.graph.node if n.op_type == "Conv"] == [2, 3, 2]
-    assert sorted(t.name for t in model.graph.initializer if t.name not in "wg") == left
+    assert list(model.graph.node[0].input) == ["x", "x", "zero"]

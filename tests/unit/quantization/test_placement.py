@@ -158,6 +158,16 @@ def test_an_average_with_a_neighbour_in_floating_point_stays_out(changes: dict[s
     assert changes.get("average", "GlobalAveragePool") not in decided
 
 
+def test_an_average_behind_a_layer_in_floating_point_or_kept_out_stays_so() -> None:
+    for tail in ("Gemm", "Softmax"):
+        model = averaged(tail=tail)
+        excluded = {d.op_type: d for d in decide(model, nodes_to_exclude=("n2",))}["GlobalAveragePool"]
+        assert (excluded.quantized, excluded.reason) == (False, "excluded by quantize.nodes_to_exclude")
+        assert "GlobalAveragePool" not in {d.op_type for d in decide(model, nodes_to_exclude=("n0",))}
+    of_an_input = graph([node("GlobalAveragePool", "x", "g"), node("Gemm", "g", "v", "y")], v=(16, 20))
+    assert "GlobalAveragePool" not in {d.op_type for d in decide(of_an_input)}
+
+
 @pytest.mark.parametrize("is_output", [False, True])
 def test_an_average_over_all_places_takes_int8_whatever_reads_it(is_output: bool) -> None:
     model = averaged(tail="Softmax")
@@ -224,7 +234,12 @@ def test_of_two_convolutions_the_longer_path_is_the_residual() -> None:
     for operands in (("main", "short"), ("short", "main")):
         model = graph([*nodes, node("Add", *operands, "y")], w=(16, 16, 1, 1))
         assert chosen(decide(model)[-1]) == ["main"]
-        assert candidate_tensors(model) == ["x", "r", "main"]
+        # Settings may keep one of the convolutions out, and then the other is fused.
+        assert candidate_tensors(model) == ["x", "r", *operands]
+        for fused, residual, name in (("main", "short", "n3"), ("short", "main", "n2")):
+            found = decide(model, nodes_to_exclude=(name,))[-1]
+            assert chosen(found) == [residual], fused
+        assert not decide(model, nodes_to_exclude=("n2", "n3"))[-1].quantized
 
 
 @pytest.mark.parametrize(

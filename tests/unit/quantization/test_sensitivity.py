@@ -166,8 +166,10 @@ def test_a_variant_beside_the_weights_file_is_small_and_computes_the_same(tmp_pa
 def test_what_depends_on_a_node_falls_back_with_it(tmp_path: Path) -> None:
     variants = subject()
     assert variants.in_int8([]) is variants.model
-    fallen = variants.placed({"s"}, "because")
+    assert [d.node for d in variants.placed({"s"}, "because") if not d.quantized] == ["s"], "the other one is fused"
+    fallen = variants.placed({"c2", "s"}, "because")
     assert [(d.node, d.reason) for d in fallen if not d.quantized] == [
+        ("c2", "because"),
         ("s", "because"),
         ("a", "Conv 's' behind it stays in floating point"),
     ]
