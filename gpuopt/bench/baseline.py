@@ -140,10 +140,10 @@ def _onnxruntime_cuda(kind: str, model: Path, feed: Mapping[str, Any], settings:
     rows = []
     outputs: dict[str, Any] = {}
     for graph in (False, True):
-        tried = (_on_cuda(kind, model, feed, settings, batch, outputs, graph=graph, fused=fused) for fused in fusing)
-        made = next(tried)
-        while made.failed and (other := next(tried, None)) is not None:
-            made = other
+        for fused in fusing:
+            made = _on_cuda(kind, model, feed, settings, batch, outputs, graph=graph, fused=fused)
+            if not made.failed:
+                break
         rows.append(made)
     return rows
 
