@@ -316,7 +316,8 @@ class QuantizeSection(Section):
     min_channels: int = Field(
         16,
         ge=1,
-        description="A Conv with fewer channels on a side stays out of INT8, but for the first one over an image.",
+        description="A layer with fewer channels on a side stays out of INT8, but for the first Conv over an image and "
+        "the outputs of a classifier behind an average of INT8 values.",
     )
     equalize: Annotated[Literal["auto", "off", "cross-layer", "smooth"], BeforeValidator(_as_switch)] = Field(
         "auto", description="Move per-channel factors between layers; auto: where held-out samples gain."

@@ -129,7 +129,9 @@ def test_the_first_convolution_over_an_image_is_quantized() -> None:
     assert reason(inside) == "3 channels on a side, fewer than quantize.min_channels 16"
 
 
-def averaged(*, average: str = "GlobalAveragePool", tail: str = "Gemm", second_reader: bool = False) -> onnx.ModelProto:
+def averaged(
+    *, average: str = "GlobalAveragePool", tail: str = "Gemm", second_reader: bool = False, classes: int = 20
+) -> onnx.ModelProto:
     nodes = [
         node("Conv", "x", "w", "c"),
         node("Relu", "c", "r"),
@@ -139,7 +141,7 @@ def averaged(*, average: str = "GlobalAveragePool", tail: str = "Gemm", second_r
     ]
     if second_reader:
         nodes.insert(3, node("Relu", "r", "other"))
-    return graph(nodes, w=(32, 16, 1, 1), v=(32, 20))
+    return graph(nodes, w=(32, 16, 1, 1), v=(32, classes))
 
 
 def test_an_average_between_int8_layers_runs_in_int8_with_a_scale_of_its_own() -> None:
@@ -166,6 +168,29 @@ def test_an_average_behind_a_layer_in_floating_point_or_kept_out_stays_so() -> N
         assert "GlobalAveragePool" not in {d.op_type for d in decide(model, nodes_to_exclude=("n0",))}
     of_an_input = graph([node("GlobalAveragePool", "x", "g"), node("Gemm", "g", "v", "y")], v=(16, 20))
     assert "GlobalAveragePool" not in {d.op_type for d in decide(of_an_input)}
+
+
+@pytest.mark.parametrize("average", ["GlobalAveragePool", "AveragePool"])
+def test_a_classifier_of_few_classes_takes_int8_behind_an_average_of_int8_values(average: str) -> None:
+    decided = {d.op_type: d for d in decide(averaged(average=average, classes=1))}
+    assert all(decided[kind].quantized for kind in (average, "Flatten", "Gemm"))
+    assert {"r", "f"} <= set(candidate_tensors(averaged(average=average, classes=1), min_channels=16))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (averaged(classes=10), {"nodes_to_exclude": ("n0",)}),
+        (averaged(classes=10), {"nodes_to_exclude": ("n2",)}),
+        (averaged(classes=10), {"nodes_to_exclude": ("n3",)}),
+        (averaged(classes=10), {"format": "qoperator"}),
+        (averaged(classes=10, second_reader=True), {}),
+        (averaged(average="MaxPool", classes=10), {}),
+    ],
+)
+def test_it_stays_out_where_the_average_is_not_of_int8_values(model: onnx.ModelProto, settings: dict[str, Any]) -> None:
+    classifier = next(d for d in decide(model, **settings) if d.op_type == "Gemm")
+    assert classifier.reason == "10 channels on a side, fewer than quantize.min_channels 16"
 
 
 @pytest.mark.parametrize("is_output", [False, True])
