@@ -215,7 +215,7 @@ def _has_cublas() -> bool:
     """Whether cuBLAS 11 is here, and more than a stub of it for the linker; transformers need it in TensorRT 8.5."""
     try:
         return int(ctypes.CDLL("libcublasLt.so.11").cublasLtGetVersion()) > 110000
-    except OSError:
+    except (OSError, AttributeError):
         return False
 
 
@@ -288,7 +288,7 @@ def measure(bench: Bench) -> None:
     """Alone on the GPU, one thing after another; what is most wanted comes first."""
     steps: list[tuple[str, Network, Callable[[Network], Any]]] = []
     steps += [("auto", n, lambda n: compile_onnx(bench, n, "auto")) for n in bench.networks if n.auto]
-    steps += [("race", n, lambda n: race_engines(bench, n)) for n in bench.networks]
+    steps += [("race", n, lambda n: race_network(bench, n)) for n in bench.networks]
     steps += [("distance", n, lambda n: distance(bench, n)) for n in bench.networks]
     steps += [("accuracy", n, lambda n: accuracy(bench, n)) for n in bench.networks if n.trained]
     steps += [("bench", n, lambda n: _bench(bench, n)) for n in bench.networks if n.bench]
@@ -323,26 +323,13 @@ def engines_of(bench: Bench, network: Network) -> dict[str, Path]:
     return found
 
 
-def race_engines(bench: Bench, network: Network) -> Any:
+def race_network(bench: Bench, network: Network) -> Any:
     """All engines of a network in turn, as CUDA graphs."""
-    from contextlib import ExitStack
-
-    from gpuopt import engine_record
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
-    from gpuopt.bench.measuring import race
-    from gpuopt.bench.subjects import EngineSubject
+    from gpuopt.bench.engine_race import Racing, race_engines
     from gpuopt.cuda.device import Device
 
-    subjects: dict[str, Any] = {}
-    with Device() as device, ExitStack() as stack:
-        for name, path in engines_of(bench, network).items():
-            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path)))
-            shapes = {n: bounds.opt for n, bounds in engine.profiles[0].items()}
-            execution = stack.enter_context(engine.execution(shapes))
-            execution.run(feeds_of_shape(engine, shapes))
-            subjects[name] = EngineSubject(execution)
-        found = race(subjects, seconds=bench.seconds)
-        subjects.clear()
+    with Device() as device:
+        found = race_engines(Racing(engines_of(bench, network), seconds=bench.seconds), device)
         gpu = device.name
     names = list(found.milliseconds)
     ratios = {
@@ -350,7 +337,11 @@ def race_engines(bench: Bench, network: Network) -> Any:
         if one != other and other in names
     }  # fmt: skip
     spread = {name: [min(rounds), max(rounds)] for name, rounds in found.rounds.items()}
-    return {"gpu": gpu, "milliseconds": dict(found.milliseconds), "spread": spread, "ratios": ratios}
+    rounds = {name: list(times) for name, times in found.rounds.items()}
+    return {
+        "gpu": gpu, "milliseconds": dict(found.milliseconds), "spread": spread, "ratios": ratios, "rounds": rounds,
+        "loads": found.loads,
+    }  # fmt: skip
 
 
 def distance(bench: Bench, network: Network) -> Any:

@@ -148,7 +148,9 @@ def choose(linear: Runner, run: Run, cache: Cache, progress: Progress) -> Format
     best = LINEAR
     if len(runners) > 1:
         facts = time_in_turn(runners, target, recipe, cache, progress)
-        found = Race(facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()})
+        found = Race(
+            facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()}, facts["loads"]
+        )
         best = fastest(found, tuple(asked))
         about = {"shapes": dict(facts["shapes"]), "includes": facts["includes"]}
     table = {

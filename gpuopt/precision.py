@@ -179,7 +179,9 @@ class Contest:
             {name: candidate.runner for name, candidate in running.items()},
             target, self.recipe, self.cache, self.progress,
         )  # fmt: skip
-        found = Race(facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()})
+        found = Race(
+            facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()}, facts["loads"]
+        )
         best = fastest(found)
         ratios = {n: _json(found.ratio(n, "fp16")) for n in running if n != "fp16"} if "fp16" in running else {}
         rows = [_row(candidates[name], found, target) for name in PRECISE_FIRST if name in candidates]
@@ -228,9 +230,12 @@ def time_in_turn(
 
 def race_key(target: str, seconds: float, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     """Everything that decides what a race measures: files, GPU, driver, library, and how engines are launched."""
+    from gpuopt.bench.engine_race import LOADS
+
     devices = environment.gpus() if target != "onnxruntime" else []
     return {
         "stage": "race",
+        "loads": str(LOADS if target != "onnxruntime" else 1),
         "gpuopt": own_version(),
         "target": target,
         "gpu": _gpu(target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,14 +130,16 @@ class Race:
     Attributes:
         milliseconds: median of the rounds for one inference, by name.
         rounds: all of them, by name.
+        loads: how often the subjects were loaded; equally many rounds of each, one load's behind the other's.
     """
 
     milliseconds: Mapping[str, float]
     rounds: Mapping[str, tuple[float, ...]]
+    loads: int = 1
 
     def ratio(self, ours: str, theirs: str) -> Ratio:
         """How many times as long ours takes."""
-        return paired_ratio(self.rounds[ours], self.rounds[theirs])
+        return paired_ratio(self.rounds[ours], self.rounds[theirs], self.loads)
 
     @property
     def fastest(self) -> str:
@@ -169,5 +172,13 @@ def race(
             taken[name].append(subject.run_many(counts[name]))
         if tell is not None:
             tell(index + 1, rounds)
-    medians = {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
-    return Race(medians, {name: tuple(times) for name, times in taken.items()})
+    return Race(
+        {name: statistics.median(times) for name, times in taken.items()},
+        {name: tuple(times) for name, times in taken.items()},
+    )
+
+
+def joined(races: Sequence[Race]) -> Race:
+    """Races of the same subjects, loaded anew for each, as one."""
+    rounds = {name: tuple(time for one in races for time in one.rounds[name]) for name in races[0].rounds}
+    return Race({name: statistics.median(times) for name, times in rounds.items()}, rounds, len(races))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
-from gpuopt import engine_record, reference
+from gpuopt import reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.bench.measuring import Race, Subject, race
-from gpuopt.bench.subjects import EngineSubject, SessionSubject
+from gpuopt.bench.subjects import SessionSubject
 from gpuopt.engine_record import Trust
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
@@ -25,7 +24,7 @@ def run(context: StageContext) -> StageOutcome:
     """Time every subject at the first profile's optimum.
 
     Returns facts: `target`, `shapes`, `includes`; `milliseconds` by name (median of the rounds, one inference);
-    `rounds` by name.
+    `rounds` by name; `loads` that they belong to.
     """
     stored = reference.load(context.folder("reference"))
     folders = {k.removeprefix(SUBJECT): a.path for k, a in context.artifacts.items() if k.startswith(SUBJECT)}
@@ -42,31 +41,33 @@ def run(context: StageContext) -> StageOutcome:
             "includes": includes,
             "milliseconds": dict(found.milliseconds),
             "rounds": {name: list(times) for name, times in found.rounds.items()},
+            "loads": found.loads,
         }
     )
 
 
 def _race_engines(folders: Mapping[str, Path], stored: Reference, context: StageContext) -> tuple[Race, str]:
-    from gpuopt.backends.tensorrt.runtime import LoadedEngine, feeds_of_shape
+    from gpuopt.bench.engine_race import Racing, race_engines
     from gpuopt.cuda.device import Device
     from gpuopt.environment import has_module
 
     graphs = has_module("cuda.bindings")
     built = context.recipe.build
-    trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
-    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
-    with gpu_turn(context.progress), Device() as device, ExitStack() as stack:
-        subjects: dict[str, Subject] = {}
-        for name, folder in folders.items():
-            path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
-            engine = stack.enter_context(LoadedEngine.open(path, device, engine_record.read(path), trust=trust))
-            execution = stack.enter_context(engine.execution(shapes))
-            execution.run(feeds_of_shape(engine, shapes))
-            subjects[name] = EngineSubject(execution, cuda_graph=graphs)
-        found = race(subjects, context.recipe.speed.seconds, tell=context.progress.advance)
-        subjects.clear()
+    racing = Racing(
+        {name: next(f for f in sorted(folder.iterdir()) if f.suffix == ".engine") for name, folder in folders.items()},
+        {name: bounds.opt for name, bounds in stored.profiles[0].items()},
+        Trust([Path(name) for name in built.plugins], built.version_compatible),
+        graphs,
+        context.recipe.speed.seconds,
+    )
+    with gpu_turn(context.progress), Device() as device:
+        found = race_engines(racing, device, context.progress.advance)
     how = "as a CUDA graph" if graphs else "without CUDA graphs"
-    return found, f"compute alone, {how}: inputs and outputs stay on the GPU, the next inference waits enqueued"
+    loads = "loaded once" if found.loads == 1 else f"loaded {found.loads} times"
+    return (
+        found,
+        f"compute alone, {how}: inputs and outputs stay on the GPU, the next inference waits enqueued; {loads}",
+    )
 
 
 def _race_sessions(

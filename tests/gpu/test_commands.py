@@ -97,6 +97,7 @@ def test_auto_ships_the_fastest(commands: Commands) -> None:
     measured = {row["name"]: row["milliseconds"] for row in race["candidates"] if row["milliseconds"]}
     assert {"fp32", "fp16", "int8"} <= set(measured)
     assert race["target"] == "tensorrt"
+    assert race["includes"].endswith("; loaded 3 times")
     # Equals within the noise are left to the more precise one.
     assert measured[race["chosen"]] <= 1.05 * min(measured.values())
     assert report["precision"] in ("fp32", "fp16", "int8")

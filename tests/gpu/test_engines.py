@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ import gpuopt
 from gpuopt import engine_record
 from gpuopt.backends.tensorrt import inspector
 from gpuopt.backends.tensorrt.options import BuildOptions
+from gpuopt.bench import engine_race
+from gpuopt.bench.subjects import EngineSubject
+from gpuopt.cuda.device import Device
 from gpuopt.errors import DataError, EngineError
 from tests.gpu.networks import build_engine, images, profile, residual_network
 
@@ -89,6 +93,36 @@ def test_two_engines_at_once_and_any_order_of_closing(options: BuildOptions, tmp
     two.infer(feed)
     two.close()
     two.close()
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_engines_in_a_race_are_loaded_anew(
+    is_full: bool, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, _ = build_engine(tmp_path, residual_network(channels=512), (profile(),), options, "wide")
+    narrow, _ = build_engine(tmp_path, residual_network(), (profile(),), options, "narrow")
+    addresses: list[int] = []
+
+    class Watched(EngineSubject):
+        def __init__(self, execution: Any, **how: Any) -> None:
+            super().__init__(execution, **how)
+            addresses.append(next(iter(execution._buffers.values())).address)
+
+    monkeypatch.setattr(engine_race, "EngineSubject", Watched)
+    told: list[tuple[int, int]] = []
+    with Device() as device:
+        if is_full:
+            answers = itertools.cycle((10, 4))
+            monkeypatch.setattr(device, "free_bytes", lambda: next(answers))
+        racing = engine_race.Racing({"wide": wide, "narrow": narrow}, seconds=0.3)
+        found = engine_race.race_engines(racing, device, lambda done, total: told.append((done, total)))
+    assert found.fastest == "narrow"
+    assert found.loads == engine_race.LOADS
+    assert {len(rounds) for rounds in found.rounds.values()} == {engine_race.ROUNDS}
+    assert found.ratio("wide", "narrow").low > 1
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert len(addresses) == 2 * engine_race.LOADS
+    assert is_full or len(set(addresses)) == len(addresses)
 
 
 @pytest.mark.parametrize("ending", ["", "engine.close()", "del engine", "raise SystemExit(0)"])

@@ -70,6 +70,7 @@ def raced(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
     facts = {
         "milliseconds": milliseconds,
         "rounds": {name: [ms * w for w in wobble] for name, ms in milliseconds.items()},
+        "loads": 1,
         "shapes": {"image": "1x3x4x4"},
         "includes": "compute alone",
     }

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gpuopt.bench.measuring import Settings, measure, race, warm_up
+from gpuopt.bench.measuring import Race, Settings, joined, measure, race, warm_up
 
 
 class Sleeper:
@@ -61,6 +61,24 @@ def test_a_race_is_won_by_the_faster() -> None:
     assert ratio.value == pytest.approx(1.5, rel=0.05)
     assert told[-1] == (9, 9)
     assert {len(rounds) for rounds in found.rounds.values()} == {9}
+
+
+def test_races_of_several_loads_are_one_and_a_lead_has_to_be_in_every_load() -> None:
+    same = {"one": (1.0, 1.0, 1.0), "other": (1.0, 1.0, 1.0)}
+    ahead = {"one": (0.9, 0.9, 0.9), "other": (1.0, 1.0, 1.0)}
+    behind = {"one": (1.1, 1.1, 1.1), "other": (1.0, 1.0, 1.0)}
+
+    def of(*loads: dict[str, tuple[float, ...]]) -> Race:
+        return joined([Race({name: times[0] for name, times in load.items()}, load) for load in loads])
+
+    mixed = of(ahead, same, behind)
+    assert mixed.milliseconds == {"one": 1.0, "other": 1.0}
+    assert mixed.rounds["one"] == (0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.1, 1.1, 1.1)
+    assert mixed.loads == 3
+    ratio = mixed.ratio("one", "other")
+    assert (ratio.low, ratio.value, ratio.high) == (0.9, 1.0, 1.1)
+    assert of(ahead, ahead, ahead).ratio("one", "other").is_beyond_noise
+    assert not of(ahead, ahead, behind).ratio("one", "other").is_beyond_noise
 
 
 def test_what_the_subject_before_leaves_running_is_not_in_a_time() -> None:
