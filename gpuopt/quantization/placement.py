@@ -418,6 +418,8 @@ def _reads_an_image(graph: _Graph, node: onnx.NodeProto, channels: int) -> bool:
 
 def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:
     """Input and output channels of the whole node, groups counted together."""
+    if node.op_type == "Gemm" and _integer(node, "transB", 0):
+        return weight[1], weight[0]
     if node.op_type in ("MatMul", "Gemm"):
         return weight[-2], weight[-1]
     groups = _groups(node)

@@ -110,6 +110,7 @@ def test_the_recipe_goes_before_every_other_reason() -> None:
         (graph([node("ConvTranspose", "x", "w", "y", group=4)], w=(16, 2, 2, 2)), 8),
         (graph([node("MatMul", "x", "w", "y")], w=(64, 10)), 10),
         (graph([node("Gemm", "x", "w", "y")], w=(12, 64)), 12),
+        (graph([node("Gemm", "x", "w", "y", transB=1)], w=(12, 64)), 12),
     ],
 )
 def test_few_channels_keep_a_node_out(made: onnx.ModelProto, narrow: int | None) -> None:
@@ -130,18 +131,23 @@ def test_the_first_convolution_over_an_image_is_quantized() -> None:
 
 
 def averaged(
-    *, average: str = "GlobalAveragePool", tail: str = "Gemm", second_reader: bool = False, classes: int = 20
+    *,
+    average: str = "GlobalAveragePool",
+    tail: str = "Gemm",
+    second_reader: bool = False,
+    classes: int = 20,
+    transposed: bool = False,
 ) -> onnx.ModelProto:
     nodes = [
         node("Conv", "x", "w", "c"),
         node("Relu", "c", "r"),
         node(average, "r", "g"),
         node("Flatten", "g", "f"),
-        node(tail, "f", "v", "y") if tail == "Gemm" else node(tail, "f", "y"),
+        node(tail, "f", "v", "y", transB=int(transposed)) if tail == "Gemm" else node(tail, "f", "y"),
     ]
     if second_reader:
         nodes.insert(3, node("Relu", "r", "other"))
-    return graph(nodes, w=(32, 16, 1, 1), v=(32, classes))
+    return graph(nodes, w=(32, 16, 1, 1), v=(classes, 32) if transposed else (32, classes))
 
 
 def test_an_average_between_int8_layers_runs_in_int8_with_a_scale_of_its_own() -> None:
@@ -170,11 +176,15 @@ def test_an_average_behind_a_layer_in_floating_point_or_kept_out_stays_so() -> N
     assert "GlobalAveragePool" not in {d.op_type for d in decide(of_an_input)}
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("average", ["GlobalAveragePool", "AveragePool"])
-def test_a_classifier_of_few_classes_takes_int8_behind_an_average_of_int8_values(average: str) -> None:
-    decided = {d.op_type: d for d in decide(averaged(average=average, classes=1))}
+def test_a_classifier_of_few_classes_takes_int8_behind_an_average_of_int8_values(
+    average: str, transposed: bool
+) -> None:
+    model = averaged(average=average, classes=1, transposed=transposed)
+    decided = {d.op_type: d for d in decide(model)}
     assert all(decided[kind].quantized for kind in (average, "Flatten", "Gemm"))
-    assert {"r", "f"} <= set(candidate_tensors(averaged(average=average, classes=1), min_channels=16))
+    assert {"r", "f"} <= set(candidate_tensors(model, min_channels=16))
 
 
 @pytest.mark.parametrize(
