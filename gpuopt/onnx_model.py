@@ -23,6 +23,7 @@ IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
 
 _MOST_VALUES_OF_A_SHAPE = 64
+_POOLED_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 _MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
 
 _INFERENCE_ERRORS = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, MemoryError)
@@ -484,6 +485,51 @@ def zero_biases_dropped(model: onnx.ModelProto) -> None:
         is_own = node.domain in ("", "ai.onnx") and node.op_type in has_optional_bias
         if is_own and len(node.input) == 3 and node.input[2] in zero:
             del node.input[2]
+    drop_unused_initializers(model.graph)
+
+
+def spatial_means_pooled(model: onnx.ModelProto) -> None:
+    """Write means over all places of images and volumes as GlobalAveragePool, which INT8 is placed around.
+
+    torch's newer exporter writes ReduceMean over the axes behind (N, C), some models do themselves. Where the axes are
+    dropped a Squeeze does that.
+
+    Args:
+        model: with the types and shapes of its tensors, as far as they are known.
+    """
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim) for value in values
+        if value.type.tensor_type.HasField("shape") and value.type.tensor_type.elem_type in _POOLED_TYPES
+    }  # fmt: skip
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    used = tensor_names(model.graph)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type != "ReduceMean" or node.domain not in ("", "ai.onnx"):
+            continue
+        told, rank = attributes(node), ranks.get(node.input[0], 0)
+        stated = constants.get(node.input[1]) if len(node.input) > 1 else None
+        axes = numpy_helper.to_array(stated).tolist() if stated is not None else told.get("axes", ())
+        places = list(range(2, rank))
+        if rank not in (4, 5) or sorted(axis % rank for axis in axes) != places:
+            continue
+        node.op_type = "GlobalAveragePool"
+        del node.input[1:]
+        del node.attribute[:]
+        if not told.get("keepdims", 1):
+            output = node.output[0]
+            node.output[0] = free_name(f"{output}_pooled", used)
+            dropped = helper.make_node("Squeeze", [node.output[0]], [output], f"{node.name}_dropped")
+            if opset(model) >= 13:
+                dropped.input.append(free_name(f"{output}_places", used))
+                model.graph.initializer.append(numpy_helper.from_array(np.array(places, np.int64), dropped.input[1]))
+            else:
+                dropped.attribute.append(helper.make_attribute("axes", places))
+            nodes.append(dropped)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     drop_unused_initializers(model.graph)
 
 

@@ -17,7 +17,7 @@ import gpuopt
 from gpuopt import environment, time_limit
 from gpuopt.artifact import Artifact, folder_sha256
 from gpuopt.cache import Cache, Entry, explain
-from gpuopt.errors import DataError, GpuoptError, PrecisionError, StorageError, UsageError
+from gpuopt.errors import DataError, GpuoptError, PrecisionError, RequirementError, StorageError, UsageError
 from gpuopt.progress import Progress
 from gpuopt.recipe import FACTORY_PATTERN, ModelSection, Recipe
 from gpuopt.stages.context import StageContext
@@ -748,6 +748,7 @@ def check_build_options(recipe: Recipe) -> None:
 
     Raises:
         UsageError: names the option and the release that has it.
+        RequirementError: attempts are to be raced and the engines cannot be run here.
     """
     from gpuopt.backends.tensorrt import limits
     from gpuopt.stages.build import asked_options
@@ -755,6 +756,11 @@ def check_build_options(recipe: Recipe) -> None:
     for target in recipe.build.target:
         if target != "onnxruntime" and (version := environment.library_version(target)):
             limits.check(target, version, asked_options(recipe))
+            if recipe.build.attempts > 1 and (reason := why_not_run(recipe, target)):
+                raise RequirementError(
+                    f"build.attempts races engines, and those of {target} cannot be run here: {reason}",
+                    "Build once: --set build.attempts=1.",
+                )
 
 
 def _check_native(recipe: Recipe) -> None:

@@ -392,6 +392,12 @@ class BuildSection(Section):
     timing_iterations: int | None = Field(
         None, ge=1, description="How often a tactic that the cache lacks is timed; empty: 8 times."
     )
+    attempts: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Build each engine so often, its tactics timed anew, race the engines, and keep the fastest.",
+    )
     tactic_sources: Names = Field((), description="TensorRT's names; empty: its own choice.")
     auxiliary_streams: int | None = Field(None, ge=0, description="At most so many inside one engine.")
     version_compatible: bool = Field(False, description="Runs in later minor releases of TensorRT, too.")

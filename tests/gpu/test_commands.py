@@ -121,6 +121,25 @@ def test_tensorrt_s_own_quantizer(commands: Commands) -> None:
     assert (commands.folder / "native.gpuopt/model.tensorrt.calibration").read_bytes().startswith(b"TRT-")
 
 
+@pytest.mark.parametrize("quantizer", ["gpuopt", "tensorrt"])
+def test_the_fastest_of_several_attempts_is_kept(quantizer: str, commands: Commands) -> None:
+    timings = commands.folder / f"{quantizer}.timing"
+    asked = ("-p", "int8", "--quantizer", quantizer, "--timing-cache", str(timings), "--set", "speed.check=false")
+    done = commands.compile(*asked, "-o", f"attempts-{quantizer}.gpuopt", "--set", "build.attempts=3")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    facts = next(s["facts"] for s in report["stages"] if s["name"] == "build")
+    times = [row["milliseconds"] for row in facts["attempts"]]
+    assert len(times) == 3
+    assert [row["kept"] for row in facts["attempts"]] == [time == min(times) for time in times]
+    assert all(row["lowest"] <= row["milliseconds"] <= row["highest"] for row in facts["attempts"])
+    assert facts["timing_cache"]["written_bytes"] > 0
+    assert f"attempt {times.index(min(times)) + 1} is the fastest of" in done.stderr
+    # The timings kept are those of the engine kept: another build has them all.
+    again = commands.compiled(*asked, "-o", f"again-{quantizer}.gpuopt", "--require-timing-cache")
+    assert {e["target"]: e["status"] for e in again["engines"]}["tensorrt"] == "verified"
+
+
 def test_a_bundle_made_elsewhere_is_built_here(commands: Commands) -> None:
     from gpuopt import environment
 

@@ -408,3 +408,56 @@ def test_an_operator_of_a_domain_of_its_own_keeps_its_zeros() -> None:
     )
     onnx_model.zero_biases_dropped(model)
     assert list(model.graph.node[0].input) == ["x", "x", "zero"]
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+@pytest.mark.parametrize(
+    ("axes", "keeps", "rank", "kinds"),
+    [
+        ((2, 3), 1, 4, ["GlobalAveragePool"]),
+        ((-1, -2), 1, 4, ["GlobalAveragePool"]),
+        ((-1, 2), 0, 4, ["GlobalAveragePool", "Squeeze"]),
+        ((2, 3, 4), 0, 5, ["GlobalAveragePool", "Squeeze"]),
+        ((2,), 1, 4, ["ReduceMean"]),
+        ((1, 2), 0, 4, ["ReduceMean"]),
+        ((1, 2, 3), 1, 4, ["ReduceMean"]),
+        ((2, 3), 1, 5, ["ReduceMean"]),
+        ((2,), 1, 3, ["ReduceMean"]),
+        ((), 1, 4, ["ReduceMean"]),
+    ],
+)
+def test_a_mean_over_all_places_is_a_global_average_pool(
+    axes: tuple[int, ...], keeps: int, rank: int, kinds: list[str], opset: int
+) -> None:
+    value = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)[:rank]).astype(np.float32)
+    as_input = opset >= 18
+    inputs = ["x", "axes"] if as_input else ["x"]
+    told = {} if as_input or not axes else {"axes": axes}
+    node = helper.make_node("ReduceMean", inputs, ["y"], "mean", keepdims=keeps, **told)
+    node.metadata_props.add(key="module", value="pool")
+    constants = [numpy_helper.from_array(np.array(axes, np.int64), "axes")] if as_input else []
+    made = helper.make_graph([node], "g", [tensor("x", value.shape)], [tensor("y", None)], constants)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    before = ort.InferenceSession(model.SerializeToString()).run(None, {"x": value})[0]
+    onnx_model.spatial_means_pooled(model)
+    after = ort.InferenceSession(model.SerializeToString()).run(None, {"x": value})[0]
+    assert after.shape == before.shape
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+    assert [n.op_type for n in model.graph.node] == kinds
+    assert model.graph.node[0].metadata_props[0].value == "pool"
+    assert ("axes" in {t.name for t in model.graph.initializer}) == (as_input and kinds == ["ReduceMean"])
+
+
+def test_a_mean_of_integers_or_of_another_domain_stays() -> None:
+    constants = {"axes": np.array([2, 3], np.int64)}
+    whole = model_of(
+        [helper.make_node("ReduceMean", ["x", "axes"], ["y"])],
+        [tensor("x", [1, 2, 3, 4], TensorProto.INT32)], [tensor("y", None, TensorProto.INT32)], constants,
+    )  # fmt: skip
+    foreign = model_of(
+        [helper.make_node("ReduceMean", ["x", "axes"], ["y"], domain="mine")],
+        [tensor("x", [1, 2, 3, 4])], [tensor("y", None)], constants,
+    )  # fmt: skip
+    for model in (whole, foreign):
+        onnx_model.spatial_means_pooled(model)
+        assert [(n.op_type, len(n.input)) for n in model.graph.node] == [("ReduceMean", 2)]

@@ -17,12 +17,13 @@ from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache, Entry
 from gpuopt.compile import NO_ENGINE, remarks, with_defaults
 from gpuopt.environment import Gpu
-from gpuopt.errors import DataError, PrecisionError, UsageError
+from gpuopt.errors import DataError, PrecisionError, RequirementError, UsageError
 from gpuopt.pipeline import (
     STAGES,
     Runner,
     Step,
     StepResult,
+    check_build_options,
     check_engine_graph,
     check_provable,
     check_request,
@@ -105,6 +106,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "build.timing_cache": ("cache.bin", ""),
     "build.require_timing_cache": (True, ""),
     "build.timing_iterations": (4, "build"),
+    "build.attempts": (3, "build"),
     "build.tactic_sources": (["JIT_CONVOLUTIONS"], "build"),
     "build.auxiliary_streams": (2, "build"),
     "build.version_compatible": (True, "build benchmark"),
@@ -337,6 +339,19 @@ def test_an_option_that_the_library_lacks_is_refused_whatever_the_cache_holds(ke
     with pytest.raises(UsageError, match=r"TensorRT-RTX has no build\.timing_cache"):
         check_request(recipe({key: value}))
     check_request(recipe({key: value, "build.enabled": False, "benchmark.enabled": "off"}))
+
+
+def test_attempts_are_refused_where_engines_cannot_be_raced(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "library_version", lambda target: "10.3.0")
+    asked = {"build.target": ["tensorrt"], "build.attempts": 2}
+    monkeypatch.setattr(environment, "why_not_run", lambda target: "there is no GPU")
+    with pytest.raises(RequirementError, match="those of tensorrt cannot be run here: there is no GPU"):
+        check_build_options(recipe(asked))
+    check_build_options(recipe({**asked, "build.attempts": 1}))
+    monkeypatch.setattr(environment, "why_not_run", lambda target: "")
+    check_build_options(recipe(asked))
+    with pytest.raises(RequirementError, match="holds no weights"):
+        check_build_options(recipe({**asked, "build.strip_weights": True}))
 
 
 def test_packages_are_those_that_took_part(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

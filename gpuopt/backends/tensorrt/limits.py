@@ -36,6 +36,7 @@ _LIMITS = (
     _Limit("build.optimization_level", lambda o: o.optimization_level is not None, (8, 6)),
     _Limit("build.timing_cache", lambda o: o.timing_cache or o.require_timing_cache, rtx=_NO_TIMING),
     _Limit("build.timing_iterations", lambda o: o.timing_iterations, rtx=_NO_TIMING),
+    _Limit("build.attempts", lambda o: o.attempts > 1, rtx=_NO_TIMING),
     _Limit("build.auxiliary_streams", lambda o: o.auxiliary_streams is not None, (8, 6)),
     _Limit("build.version_compatible", lambda o: o.version_compatible, (8, 6), "it has no lean runtime"),
     _Limit("build.hardware_compatibility", lambda o: o.hardware_compatibility != "none", (8, 6), _ONE_PLATFORM),
@@ -71,6 +72,11 @@ def check(target: str, version: str, options: BuildOptions) -> None:
         raise UsageError(
             "build.compute_capability is for tensorrt-rtx: TensorRT builds for the GPU of this machine",
             "Leave it out, or use --set build.hardware_compatibility=ampere+.",
+        )
+    if options.attempts > 1 and options.require_timing_cache:
+        raise UsageError(
+            "build.attempts times tactics anew, and build.require_timing_cache takes all timings from a file",
+            "Leave out one of the two: an engine that attempts chose can be built again from its timing cache.",
         )
     if options.weight_streaming and options.calibration is not None:
         raise UsageError(

@@ -45,6 +45,7 @@ class BuildOptions:
         workspace_bytes: limit of scratch memory, clamped to what is free; None: the builder's own.
         timing_cache: file to read tactic timings from and to add to; None: none.
         require_timing_cache: refuse to build if `timing_cache` does not exist or does not fit.
+        attempts: so many engines are built and raced by `stages/build.py`; one build does not look at it.
         tactic_sources: TensorRT's names, as `EDGE_MASK_CONVOLUTIONS`; empty: the builder's own choice.
         auxiliary_streams: at most so many inside one engine; None: the builder's own. TensorRT 8.6 and newer.
         timing_iterations: how often each tactic is timed; None: `configuration.TIMING_ITERATIONS`.
@@ -71,6 +72,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
     require_timing_cache: bool = False
+    attempts: int = 1
     tactic_sources: tuple[str, ...] = ()
     auxiliary_streams: int | None = None
     timing_iterations: int | None = None

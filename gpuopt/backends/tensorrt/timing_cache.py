@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gpuopt.backends.tensorrt.log import library_log
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import Gpu
 from gpuopt.errors import BuildError, StorageError, UsageError
@@ -133,6 +134,18 @@ def save(
         warning = f"the timing cache {path} is not written: {error}"
         return TimingCacheUse(path, attached.read_bytes, 0, hits), (warning,)
     return TimingCacheUse(path, attached.read_bytes, len(content), hits), warnings
+
+
+def save_file(trt: ModuleType, source: Path, path: Path) -> tuple[TimingCacheUse, tuple[str, ...]]:
+    """Put the timings of another file into a cache, before those that it has of the same tactics; as `save`."""
+    log = library_log(trt)
+    builder = trt.Builder(log)
+    config = builder.create_builder_config()
+    content = source.read_bytes()
+    cache = _fitting(config, content)
+    if cache is None:
+        return TimingCacheUse(path, 0, 0, None), (f"the timing cache {path} is not written: {source} cannot be read",)
+    return save(config, Attached(cache, 0, ()), path, _SILENT)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 
 from gpuopt import engine_record, environment, onnx_model, reference
 from gpuopt.artifact import Artifact
+from gpuopt.backends.tensorrt import limits
+from gpuopt.bench import engine_race
+from gpuopt.bench.measuring import Race
+from gpuopt.cuda import device
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.progress import Silent
@@ -61,6 +66,7 @@ def test_an_engine_lies_beside_its_record(tmp_path: Path) -> None:
     assert facts["library_version"] == record.library_version
     assert facts["options"] == {"workspace_bytes": 256 << 20, "io_formats": {"x": "fp16:chw"}}
     assert facts["repairs"] == []
+    assert facts["attempts"] == []
     assert facts["timing_cache"] is None
     assert facts["compute_capabilities"] == ["8.9"]
     assert facts["build_seconds"] > 0
@@ -77,6 +83,7 @@ def test_every_setting_reaches_the_builder(tmp_path: Path, monkeypatch: pytest.M
         "build__timing_cache": "t.cache",
         "build__require_timing_cache": True,
         "build__timing_iterations": 3,
+        "build__attempts": 2,
         "build__tactic_sources": ["JIT_CONVOLUTIONS"],
         "build__auxiliary_streams": 0,
         "build__version_compatible": True,
@@ -92,8 +99,8 @@ def test_every_setting_reaches_the_builder(tmp_path: Path, monkeypatch: pytest.M
     made = context(tmp_path, "tensorrt", **asked)
     options = build.build_options(made, tmp_path / "onnx/model.onnx", GPU)
     section = made.recipe.build
-    for name in ("optimization_level", "require_timing_cache", "timing_iterations", "tactic_sources", "refit",
-                 "auxiliary_streams", "version_compatible", "hardware_compatibility", "strip_weights",
+    for name in ("optimization_level", "require_timing_cache", "timing_iterations", "attempts", "tactic_sources",
+                 "refit", "auxiliary_streams", "version_compatible", "hardware_compatibility", "strip_weights",
                  "weight_streaming", "dla_core", "sparsity", "repairs"):  # fmt: skip
         assert getattr(options, name) == getattr(section, name), name
     assert (options.precision, options.fp16_remainder, options.workspace_bytes) == ("int8", False, 1 << 30)
@@ -155,3 +162,31 @@ def test_the_facts_of_gpus_have_types() -> None:
         assert gpu.total_bytes > 1 << 30
         assert np.array([float(gpu.compute_capability), float(gpu.driver_version)]).min() > 0
     assert (environment.free_gpu_memory() is None) == (environment.gpus() == [])
+
+
+def test_the_fastest_attempt_is_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX builds the engines, past the limit that it times no kernels; the race needs a GPU and is made up."""
+    pytest.importorskip("tensorrt_rtx")
+    raced: dict[str, bytes] = {}
+
+    def race_engines(racing: engine_race.Racing, device: object, tell: object) -> Race:
+        for name, path in racing.files.items():
+            assert engine_record.read(path).sha256 == sha256_file(path)
+            raced[name] = path.read_bytes()
+        assert racing.shapes == {"x": (2, 16, 8, 8)}
+        return Race({"0": 2.0, "1": 1.0, "2": 3.0}, {"0": (2.0, 2.5), "1": (0.5, 1.0), "2": (3.0, 3.0)})
+
+    monkeypatch.setattr(engine_race, "race_engines", race_engines)
+    monkeypatch.setattr(device, "Device", contextlib.nullcontext)
+    monkeypatch.setattr(limits, "check", lambda *asked: None)
+    made = context(tmp_path, build__compute_capability=["8.9"])
+    options = replace(build.build_options(made, tmp_path / "onnx/model.onnx", None), attempts=3)
+    stored = reference.load(tmp_path / "reference")
+    kept, rows = build._fastest(made, tmp_path / "onnx/model.onnx", stored, options, None)
+    assert set(raced) == {"0", "1", "2"}
+    assert kept.plan == raced["1"]
+    assert [(row["milliseconds"], row["lowest"], row["highest"], row["kept"]) for row in rows] == [
+        (2.0, 2.0, 2.5, False),
+        (1.0, 0.5, 1.0, True),
+        (3.0, 3.0, 3.0, False),
+    ]

@@ -28,6 +28,8 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     (RTX, "1.7", {"timing_cache": Path("t")}, "without timing"),
     (RTX, "1.7", {"require_timing_cache": True}, "without timing"),
     (RTX, "1.7", {"timing_iterations": 4}, "without timing"),
+    (RTX, "1.7", {"attempts": 2}, "without timing"),
+    ("tensorrt", "8.5.3.1", {"attempts": 2, "require_timing_cache": True}, "from a file"),
     (RTX, "1.7", {"plugins": (Path("p.so"),)}, "no plugins"),
     (RTX, "1.7", {"dla_core": 0}, "GPUs alone"),
     (RTX, "1.7", {"version_compatible": True}, "lean runtime"),
