@@ -84,8 +84,8 @@ class Network:
 
 
 _IMAGE = (3, 224, 224)
-_DYNAMIC = ("latency", "batches")
-_STATIC = ("latency", "phases", "overlap", "streams")
+_DYNAMIC = ("latency", "loads", "batches")
+_STATIC = ("latency", "loads", "phases", "overlap", "streams")
 NETWORKS = (
     Network(
         "resnet50-b1", "torchvision.models:resnet50", _IMAGE, (1, 1, 1), native=True, baselines=True, bench=_STATIC

@@ -21,7 +21,7 @@ from gpuopt.reference import Reference
 from gpuopt.shapes import Shape, format_shape
 from gpuopt.storage import sha256_file, write_text
 
-GROUPS = ("latency", "phases", "overlap", "streams", "batches", "memory", "baselines")
+GROUPS = ("latency", "loads", "phases", "overlap", "streams", "batches", "memory", "baselines")
 _ENGINES = ("model.tensorrt.engine", "model.tensorrt-rtx.engine")
 
 

@@ -18,6 +18,7 @@ from gpuopt.backends.tensorrt.runtime import (
     Pools,
     feeds_of_shape,
 )
+from gpuopt.bench.engine_race import LOADS, Racing, race_engines
 from gpuopt.bench.measuring import Settings, measure, warm_up
 from gpuopt.bench.report import Row, row, throughput_row
 from gpuopt.bench.subjects import ALL_PARTS, EngineSubject
@@ -52,6 +53,7 @@ class EngineBench:
     """
 
     def __init__(self, path: Path, record: EngineRecord, request: Request, progress: Progress) -> None:
+        self._path = path
         self._request = request
         self._progress = progress
         self._settings = Settings(seconds=request.seconds)
@@ -74,6 +76,7 @@ class EngineBench:
         """All groups asked for, at these shapes."""
         groups = {
             "latency": self._latency,
+            "loads": self._loads,
             "phases": self._phases,
             "overlap": self._overlap,
             "streams": self._streams,
@@ -109,6 +112,14 @@ class EngineBench:
             includes = f"{_DEVICE if len(parts) == 1 else _WHOLE}; {_GRAPH if graph else _NO_GRAPH}"
             with self._ready(shapes, page_locked) as execution:
                 yield self._measured("latency", name, shapes, includes, execution, parts, graph)
+
+    def _loads(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
+        """The engine loaded anew: where it lies in memory decides its speed, too."""
+        racing = Racing({"": self._path}, shapes, self._request.trust, self._graphs, self._request.seconds * LOADS)
+        times = race_engines(racing, self.device).in_loads("")
+        for number, rounds in enumerate(times, 1):
+            includes = f"{_DEVICE}; {self._how}; loaded anew"
+            yield throughput_row("loads", f"load {number}", batch_size(shapes), includes, rounds)
 
     def _phases(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
         """Each part alone."""

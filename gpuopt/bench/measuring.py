@@ -141,6 +141,12 @@ class Race:
         """How many times as long ours takes."""
         return paired_ratio(self.rounds[ours], self.rounds[theirs], self.loads)
 
+    def in_loads(self, name: str) -> list[tuple[float, ...]]:
+        """The rounds of one subject, load by load."""
+        rounds = self.rounds[name]
+        size = len(rounds) // self.loads
+        return [rounds[index * size : (index + 1) * size] for index in range(self.loads)]
+
     @property
     def fastest(self) -> str:
         return min(self.milliseconds, key=lambda name: self.milliseconds[name])

@@ -168,7 +168,9 @@ def test_bench_measures_every_group(commands: Commands) -> None:
     groups: dict[str, list[Any]] = {}
     for row in report["rows"]:
         groups.setdefault(row["group"], []).append(row)
-    assert {"latency", "phases", "overlap", "streams", "batches", "baselines"} <= set(groups)
+    assert {"latency", "loads", "phases", "overlap", "streams", "batches", "baselines"} <= set(groups)
+    assert [row["name"] for row in groups["loads"]] == ["load 1", "load 2", "load 3"]
+    assert all(0 < row["lowest_ms"] <= row["back_to_back_ms"] <= row["highest_ms"] for row in groups["loads"])
     for group in ("latency", "phases", "batches"):
         for row in groups[group]:
             assert not row["failed"], row

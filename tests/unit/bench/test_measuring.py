@@ -75,6 +75,7 @@ def test_races_of_several_loads_are_one_and_a_lead_has_to_be_in_every_load() -> 
     assert mixed.milliseconds == {"one": 1.0, "other": 1.0}
     assert mixed.rounds["one"] == (0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.1, 1.1, 1.1)
     assert mixed.loads == 3
+    assert mixed.in_loads("one") == [(0.9, 0.9, 0.9), (1.0, 1.0, 1.0), (1.1, 1.1, 1.1)]
     ratio = mixed.ratio("one", "other")
     assert (ratio.low, ratio.value, ratio.high) == (0.9, 1.0, 1.1)
     assert of(ahead, ahead, ahead).ratio("one", "other").is_beyond_noise
