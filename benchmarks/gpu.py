@@ -17,7 +17,7 @@ INT8 is measured on networks that `peers/networks.py` trains on scikit-learn's d
 
 What a time is: one inference of the batch, inputs and outputs on the GPU, launched as a CUDA graph where it says so,
 the next one enqueued before the last has ended; the engines of a network run in turn, round by round, in one process,
-which loads each three times: where it lies in memory makes up to 7 % at batch 1. The spread is over all loads.
+which loads each several times: where it lies in memory makes up to 6 %. The spread is over all loads.
 The floor of a network is the larger of its operations over the GPU's peak and its bytes over the memory's rate, summed
 over the layers.
 """

@@ -23,7 +23,8 @@ IR_VERSION = 10
 """Highest IR version that ONNX Runtime 1.22, TensorRT 10 and TensorRT-RTX all read."""
 
 _MOST_VALUES_OF_A_SHAPE = 64
-_POOLED_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+_POOLED_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
+"""ONNX Runtime's CPU provider has no GlobalAveragePool of others."""
 _MAX_PROTOBUF_BYTES = (1 << 31) - (1 << 20)
 
 _INFERENCE_ERRORS = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, MemoryError)

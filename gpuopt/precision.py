@@ -230,12 +230,9 @@ def time_in_turn(
 
 def race_key(target: str, seconds: float, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     """Everything that decides what a race measures: files, GPU, driver, library, and how engines are launched."""
-    from gpuopt.bench.engine_race import LOADS
-
     devices = environment.gpus() if target != "onnxruntime" else []
     return {
         "stage": "race",
-        "loads": str(LOADS if target != "onnxruntime" else 1),
         "gpuopt": own_version(),
         "target": target,
         "gpu": _gpu(target),

@@ -16,8 +16,8 @@ from gpuopt.cuda.device import Device
 from gpuopt.engine_record import Trust
 from gpuopt.shapes import Shape
 
-LOADS = 3
-"""How fast an engine is depends on where its weights and its scratch memory lie, too."""
+LOADS = 5
+"""How often each engine is loaded: where its weights and its scratch memory lie decides how fast it is, too."""
 
 ROUNDS = 15
 """Of each engine, over all loads."""
@@ -52,7 +52,12 @@ def race_engines(racing: Racing, device: Device, tell: Callable[[int, int], None
 
     Args:
         device: whose context is current.
-        tell: called with the rounds done and their number.
+        tell: called with the loads done and their number.
+
+    Raises:
+        EngineError: an engine is not what its record says, or cannot be run here.
+        RequirementError: the GPU's memory does not suffice.
+        StorageError: a file cannot be read.
     """
     found: list[Race] = []
     loads = LOADS

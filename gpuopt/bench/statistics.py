@@ -105,12 +105,18 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], loads: int = 1,
     The interval is a percentile bootstrap over the rounds (B. Efron, R. Tibshirani, An Introduction to the Bootstrap,
     chapter 13), 2000 draws; it is a 95 % interval. Rounds of one load have in common where it lies in memory, so that
     loads are drawn first and then rounds of each (A. C. Davison, D. V. Hinkley, Bootstrap Methods and their
-    Application, section 3.8).
+    Application, section 3.8). Of few loads that promises too much: with five, two equal engines whose loads differ
+    by far more than their rounds are told apart in 8 races of 100, with three in 25 (by simulation).
 
     Args:
         loads: so many blocks of equally many rounds, one behind the other.
+
+    Raises:
+        ValueError: the rounds are not equally many a load.
     """
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    if not ratios or len(ratios) % loads:
+        raise ValueError(f"{len(ratios)} rounds of {loads} loads")
     size = len(ratios) // loads
     blocks = [ratios[start : start + size] for start in range(0, size * loads, size)]
     generator = random.Random(seed)  # noqa: S311 - statistics, not secrets

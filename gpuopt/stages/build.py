@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from gpuopt.backends.tensorrt.builder import BuiltEngine
 from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
 from gpuopt.calibration.reading import open_for_model
-from gpuopt.engine_record import EngineRecord, TensorRecord, Trust
+from gpuopt.engine_record import EngineRecord, TensorRecord
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.recipe import Recipe
 from gpuopt.reference import Array, Reference
 from gpuopt.shapes import TensorSpec
+from gpuopt.stages import build_attempts
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, write_bytes
 
@@ -33,7 +33,6 @@ ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tenso
 
 
 CALIBRATION_CACHE_FILE = "model.tensorrt.calibration"
-_TIMINGS = "timings"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -54,7 +53,7 @@ def run(context: StageContext) -> StageOutcome:
     # TensorRT-RTX times no kernels.
     turn = gpu_turn(context.progress) if context.target == "tensorrt" else contextlib.nullcontext(0.0)
     with turn as waited:
-        built, attempts = _fastest(context, onnx_path, stored, options, gpu)
+        built, attempts = _built(context, onnx_path, stored, options, gpu)
     path = context.made("engine") / ENGINE_FILE[context.target]
     write_bytes(path, built.plan)
     record = _record(path, context, built, stored, gpu)
@@ -81,70 +80,18 @@ def run(context: StageContext) -> StageOutcome:
     return StageOutcome(facts, built.warnings)
 
 
-def _fastest(
+def _built(
     context: StageContext, onnx_path: Path, stored: Reference, options: BuildOptions, gpu: Gpu | None
 ) -> tuple[BuiltEngine, list[dict[str, Any]]]:
-    """The engine, or the fastest of `build.attempts`; then also what each of them took, milliseconds an inference.
-
-    The first attempt takes the timings that the cache holds, the others none of them; the fastest one's are kept.
-    """
+    """The engine, and what each attempt took if there are several."""
 
     def build(options: BuildOptions) -> BuiltEngine:
         return builder.build(context.target, onnx_path, stored.profiles, options, context.progress, context.deadline)
 
-    built = [build(options)]
     if options.attempts == 1:
-        return built[0], []
-    from gpuopt.bench.engine_race import Racing, race_engines
-    from gpuopt.cuda.device import Device
-
-    files: dict[str, Path] = {}
-    with tempfile.TemporaryDirectory(prefix="gpuopt-attempts-") as scratch:
-        anew = _with_calibration_kept(options, built[0], Path(scratch) / CALIBRATION_CACHE_FILE)
-        folders = [Path(scratch) / str(number) for number in range(options.attempts)]
-        for number, folder in enumerate(folders):
-            folder.mkdir()
-            if number > 0:
-                context.progress.line(f"{context.target}: attempt {number + 1} of {options.attempts}")
-                timings = folder / _TIMINGS if options.timing_cache is not None else None
-                built.append(build(replace(anew, timing_cache=timings)))
-            path = files[str(number)] = folder / ENGINE_FILE[context.target]
-            write_bytes(path, built[number].plan)
-            engine_record.write(path, _record(path, context, built[number], stored, gpu))
-        settings = context.recipe.build
-        racing = Racing(
-            files,
-            {name: bounds.opt for name, bounds in stored.profiles[0].items()},
-            Trust([Path(name) for name in settings.plugins], settings.version_compatible),
-            environment.has_module("cuda.bindings"),
-        )
-        with Device() as device:
-            raced = race_engines(racing, device, context.progress.advance)
-        kept = built[int(raced.fastest)]
-        if kept is not built[0] and options.timing_cache is not None:
-            trt = import_module(context.target)
-            use, said = timing_cache.save_file(trt, folders[int(raced.fastest)] / _TIMINGS, options.timing_cache)
-            kept = replace(kept, timing_cache=use, warnings=(*kept.warnings, *said))
-    rows = [
-        {
-            "milliseconds": raced.milliseconds[name],
-            "lowest": min(raced.rounds[name]),
-            "highest": max(raced.rounds[name]),
-            "kept": name == raced.fastest,
-        }
-        for name in files
-    ]
-    shown = ", ".join(f"{row['milliseconds']:.4f}" for row in rows)
-    context.progress.line(f"{context.target}: attempt {int(raced.fastest) + 1} is the fastest of {shown} ms")
-    return replace(kept, seconds=sum(one.seconds for one in built)), rows
-
-
-def _with_calibration_kept(options: BuildOptions, built: BuiltEngine, file: Path) -> BuildOptions:
-    """Options by which another build takes the ranges of TensorRT's calibrator from the first."""
-    if options.calibration is None or not built.calibration_cache:
-        return options
-    write_bytes(file, built.calibration_cache)
-    return replace(options, calibration=replace(options.calibration, cache_file=file))
+        return build(options), []
+    builds = build_attempts.Builds(build, lambda path, built: _record(path, context, built, stored, gpu))
+    return build_attempts.fastest(context, stored, options, builds)
 
 
 def recipe_is_native(context: StageContext) -> bool:

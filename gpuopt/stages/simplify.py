@@ -56,7 +56,6 @@ def _simplified(model: onnx.ModelProto, context: StageContext) -> str:
             copy = lowered(copy)
         copy = onnxslim.slim(copy)
         onnx_model.zero_biases_dropped(copy)
-        copy = onnx_model.with_types(copy)
         onnx_model.spatial_means_pooled(copy)
         _finish(copy, context)
         onnx_model.check(path)

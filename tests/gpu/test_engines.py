@@ -102,11 +102,15 @@ def test_engines_in_a_race_are_loaded_anew(
     wide, _ = build_engine(tmp_path, residual_network(channels=512), (profile(),), options, "wide")
     narrow, _ = build_engine(tmp_path, residual_network(), (profile(),), options, "narrow")
     addresses: list[int] = []
+    executions: list[Any] = []
+    closed: list[int] = []
 
     class Watched(EngineSubject):
         def __init__(self, execution: Any, **how: Any) -> None:
             super().__init__(execution, **how)
             addresses.append(next(iter(execution._buffers.values())).address)
+            executions.append(execution)
+            closed.append(sum(one._context is None for one in executions))
 
     monkeypatch.setattr(engine_race, "EngineSubject", Watched)
     told: list[tuple[int, int]] = []
@@ -120,8 +124,9 @@ def test_engines_in_a_race_are_loaded_anew(
     assert found.loads == engine_race.LOADS
     assert {len(rounds) for rounds in found.rounds.values()} == {engine_race.ROUNDS}
     assert found.ratio("wide", "narrow").low > 1
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    assert len(addresses) == 2 * engine_race.LOADS
+    assert told == [(load + 1, engine_race.LOADS) for load in range(engine_race.LOADS)]
+    # Each load has two executions; where memory is short, those of the loads before are closed.
+    assert closed == [2 * load if is_full else 0 for load in range(engine_race.LOADS) for _ in range(2)]
     assert is_full or len(set(addresses)) == len(addresses)
 
 

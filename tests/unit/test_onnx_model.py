@@ -448,16 +448,19 @@ def test_a_mean_over_all_places_is_a_global_average_pool(
     assert ("axes" in {t.name for t in model.graph.initializer}) == (as_input and kinds == ["ReduceMean"])
 
 
-def test_a_mean_of_integers_or_of_another_domain_stays() -> None:
+def test_a_mean_of_other_types_or_of_another_domain_stays() -> None:
     constants = {"axes": np.array([2, 3], np.int64)}
-    whole = model_of(
-        [helper.make_node("ReduceMean", ["x", "axes"], ["y"])],
-        [tensor("x", [1, 2, 3, 4], TensorProto.INT32)], [tensor("y", None, TensorProto.INT32)], constants,
-    )  # fmt: skip
+    others = [
+        model_of(
+            [helper.make_node("ReduceMean", ["x", "axes"], ["y"])],
+            [tensor("x", [1, 2, 3, 4], kind)], [tensor("y", None, kind)], constants,
+        )
+        for kind in (TensorProto.INT32, TensorProto.DOUBLE)
+    ]  # fmt: skip
     foreign = model_of(
         [helper.make_node("ReduceMean", ["x", "axes"], ["y"], domain="mine")],
         [tensor("x", [1, 2, 3, 4])], [tensor("y", None)], constants,
     )  # fmt: skip
-    for model in (whole, foreign):
+    for model in (*others, foreign):
         onnx_model.spatial_means_pooled(model)
         assert [(n.op_type, len(n.input)) for n in model.graph.node] == [("ReduceMean", 2)]

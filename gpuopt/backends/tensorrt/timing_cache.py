@@ -137,14 +137,18 @@ def save(
 
 
 def save_file(trt: ModuleType, source: Path, path: Path) -> tuple[TimingCacheUse, tuple[str, ...]]:
-    """Put the timings of another file into a cache, before those that it has of the same tactics; as `save`."""
-    log = library_log(trt)
-    builder = trt.Builder(log)
-    config = builder.create_builder_config()
-    content = source.read_bytes()
-    cache = _fitting(config, content)
+    """Put the timings of another file into a cache, before what it holds of the same tactics.
+
+    Returns:
+        As `save`: warnings instead of errors, also where the other file is missing or does not fit.
+    """
+    config = trt.Builder(library_log(trt)).create_builder_config()
+    try:
+        cache = _fitting(config, source.read_bytes())
+    except OSError:  # the build that made it could not write it, and said so
+        cache = None
     if cache is None:
-        return TimingCacheUse(path, 0, 0, None), (f"the timing cache {path} is not written: {source} cannot be read",)
+        return TimingCacheUse(path, 0, 0, None), (f"the timings of the engine are not in the timing cache {path}",)
     return save(config, Attached(cache, 0, ()), path, _SILENT)
 
 

@@ -66,3 +66,9 @@ def test_paired_rounds_see_a_difference_that_drift_would_hide() -> None:
     same = paired_ratio(theirs, [d * generator.gauss(1, 0.005) for d in drift])
     assert not same.is_beyond_noise or abs(same.value - 1) < 0.005
     assert found.value == statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("rounds", "loads"), [(5, 3), (2, 3), (0, 1)])
+def test_rounds_that_are_not_equally_many_a_load_have_no_ratio(rounds: int, loads: int) -> None:
+    with pytest.raises(ValueError, match=f"{rounds} rounds of {loads} loads"):
+        paired_ratio([1.0] * rounds, [1.0] * rounds, loads)

@@ -203,6 +203,22 @@ def test_it_stays_out_where_the_average_is_not_of_int8_values(model: onnx.ModelP
     assert classifier.reason == "10 channels on a side, fewer than quantize.min_channels 16"
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("Conv", (4, 32, 1, 1)), ("ConvTranspose", (32, 4, 1, 1))])
+def test_a_narrow_convolution_behind_an_average_stays_out(kind: str, shape: tuple[int, ...]) -> None:
+    nodes = [node("Conv", "x", "w", "c"), node("GlobalAveragePool", "c", "g"), node(kind, "g", "v", "y")]
+    behind = decide(graph(nodes, w=(32, 16, 1, 1), v=shape))[-1]
+    assert behind.reason == "4 channels on a side, fewer than quantize.min_channels 16"
+
+
+def test_a_classifier_behind_an_average_that_is_out_of_range_stays_out() -> None:
+    model = averaged(classes=10)
+    known = {name: TensorRange(-1, 1, "test") for name in candidate_tensors(model)}
+    known["r"] = TensorRange(0, 1e-5, "test")
+    decided = {d.op_type: d for d in place(model, QuantizeSection(), known, fp16=True)}
+    assert decided["GlobalAveragePool"].reason.startswith("'r' is too small for an FP16 scale")
+    assert decided["Gemm"].reason == "10 channels on a side, fewer than quantize.min_channels 16"
+
+
 @pytest.mark.parametrize("is_output", [False, True])
 def test_an_average_over_all_places_takes_int8_whatever_reads_it(is_output: bool) -> None:
     model = averaged(tail="Softmax")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ import pytest
 
 from gpuopt import engine_record, environment, onnx_model, reference
 from gpuopt.artifact import Artifact
-from gpuopt.backends.tensorrt import limits
-from gpuopt.bench import engine_race
-from gpuopt.bench.measuring import Race
-from gpuopt.cuda import device
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.progress import Silent
@@ -162,31 +157,3 @@ def test_the_facts_of_gpus_have_types() -> None:
         assert gpu.total_bytes > 1 << 30
         assert np.array([float(gpu.compute_capability), float(gpu.driver_version)]).min() > 0
     assert (environment.free_gpu_memory() is None) == (environment.gpus() == [])
-
-
-def test_the_fastest_attempt_is_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT-RTX builds the engines, past the limit that it times no kernels; the race needs a GPU and is made up."""
-    pytest.importorskip("tensorrt_rtx")
-    raced: dict[str, bytes] = {}
-
-    def race_engines(racing: engine_race.Racing, device: object, tell: object) -> Race:
-        for name, path in racing.files.items():
-            assert engine_record.read(path).sha256 == sha256_file(path)
-            raced[name] = path.read_bytes()
-        assert racing.shapes == {"x": (2, 16, 8, 8)}
-        return Race({"0": 2.0, "1": 1.0, "2": 3.0}, {"0": (2.0, 2.5), "1": (0.5, 1.0), "2": (3.0, 3.0)})
-
-    monkeypatch.setattr(engine_race, "race_engines", race_engines)
-    monkeypatch.setattr(device, "Device", contextlib.nullcontext)
-    monkeypatch.setattr(limits, "check", lambda *asked: None)
-    made = context(tmp_path, build__compute_capability=["8.9"])
-    options = replace(build.build_options(made, tmp_path / "onnx/model.onnx", None), attempts=3)
-    stored = reference.load(tmp_path / "reference")
-    kept, rows = build._fastest(made, tmp_path / "onnx/model.onnx", stored, options, None)
-    assert set(raced) == {"0", "1", "2"}
-    assert kept.plan == raced["1"]
-    assert [(row["milliseconds"], row["lowest"], row["highest"], row["kept"]) for row in rows] == [
-        (2.0, 2.0, 2.5, False),
-        (1.0, 0.5, 1.0, True),
-        (3.0, 3.0, 3.0, False),
-    ]

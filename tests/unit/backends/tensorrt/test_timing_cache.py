@@ -21,18 +21,28 @@ HEAD = b"timings:"
 
 
 class Cache:
-    """What the library's cache does with bytes, as its documentation says; TensorRT-RTX's does nothing."""
+    """What the library's cache does with bytes, as its documentation says; TensorRT-RTX's does nothing.
+
+    Entries are `tactic=time` or a tactic alone; of two times of one tactic the cache's own stays.
+    """
 
     def __init__(self, content: bytes) -> None:
-        self.entries = set(content.removeprefix(HEAD).split(b",")) - {b""}
+        self.entries: dict[bytes, bytes] = {}
+        for word in content.removeprefix(HEAD).split(b","):
+            if word:
+                self.add(word)
+
+    def add(self, word: bytes) -> None:
+        self.entries[word.partition(b"=")[0]] = word
 
     def combine(self, other: Cache, ignore_mismatch: bool) -> bool:
         fits = b"foreign" not in other.entries
-        self.entries |= other.entries if fits else set()
+        for tactic, word in other.entries.items() if fits else ():
+            self.entries.setdefault(tactic, word)
         return fits
 
     def serialize(self) -> bytes:
-        return HEAD + b",".join(sorted(self.entries))
+        return HEAD + b",".join(sorted(self.entries.values()))
 
 
 class Config:
@@ -74,7 +84,7 @@ def test_a_cache_that_the_log_alone_refuses_is_not_said_to_be_read(tmp_path: Pat
     assert found is not None
     assert found.read_bytes == 0
     assert "does not fit TensorRT 8.5.3.1" in found.warnings[0]
-    found.cache.entries.add(b"a")
+    found.cache.add(b"a")
     timing_cache.save(config, found, path, {})
     assert path.read_bytes() == HEAD + b"a"
     path.write_bytes(b"damaged")
@@ -111,14 +121,14 @@ def test_a_cache_grows_with_what_other_builds_added_meanwhile(tmp_path: Path) ->
     first = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path))
     assert first is not None
     assert (first.read_bytes, first.warnings) == (0, ())
-    first.cache.entries.add(b"a")
+    first.cache.add(b"a")
     use, warnings = timing_cache.save(config, first, path, {})
     assert (use.read_bytes, use.written_bytes, use.hits, warnings) == (0, len(HEAD) + 1, None, ())
     second = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path, require_timing_cache=True))
     assert second is not None
     assert second.read_bytes == len(HEAD) + 1
     path.write_bytes(HEAD + b"a,c")
-    second.cache.entries.add(b"b")
+    second.cache.add(b"b")
     line = "Deleting timing cache: 174 entries, served 118 hits since creation."
     use, _ = timing_cache.save(config, second, path, {"NOTED": [line]})
     assert use.hits == 118
@@ -129,7 +139,7 @@ def _save_many(path: Path, barrier: Any, mark: bytes) -> None:
     barrier.wait()
     for turn in range(40):
         attached = timing_cache.Attached(Cache(b""), 0, ())
-        attached.cache.entries.add(mark + str(turn).encode())
+        attached.cache.add(mark + str(turn).encode())
         timing_cache.save(Config(), attached, path, {})
 
 
@@ -143,7 +153,7 @@ def test_simultaneous_savers_keep_each_other_s_entries(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert Cache(path.read_bytes()).entries == {
+    assert set(Cache(path.read_bytes()).entries) == {
         mark + str(n).encode() for mark in (b"a", b"b", b"c") for n in range(40)
     }
 
@@ -171,7 +181,7 @@ def test_a_cache_that_does_not_fit_is_replaced_or_refused(tmp_path: Path, conten
     assert attached is not None
     assert attached.read_bytes == 0
     assert "does not fit TensorRT 8.5.3.1 and this GPU, or is damaged; it is replaced" in attached.warnings[0]
-    attached.cache.entries.add(b"a")
+    attached.cache.add(b"a")
     timing_cache.save(Config(), attached, path, {})
     assert path.read_bytes() == HEAD + b"a"
     path.write_bytes(content)
@@ -195,3 +205,35 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     use, (warning,) = timing_cache.save(Config(), attached, path, {})
     assert use.written_bytes == 0
     assert "is not written" in warning
+
+
+class Builder:
+    def __init__(self, logger: object) -> None:
+        pass
+
+    def create_builder_config(self) -> Config:
+        return Config()
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        (b"a=1,b=1", b"a=1,b=1,c=2"),
+        (b"foreign", None),
+        (b"", None),
+    ],
+)
+def test_timings_of_another_file_go_before_those_of_the_cache(
+    source: bytes, written: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing_cache, "library_log", lambda trt: None)
+    trt = ModuleType("tensorrt")
+    trt.Builder = Builder  # type: ignore[attr-defined]
+    other, path = tmp_path / "other", tmp_path / "cache"
+    path.write_bytes(HEAD + b"b=2,c=2")
+    if source:
+        other.write_bytes(HEAD + source)
+    use, warnings = timing_cache.save_file(trt, other, path)
+    assert path.read_bytes() == HEAD + (written or b"b=2,c=2")
+    assert (use.file, use.written_bytes) == (path, path.stat().st_size if written else 0)
+    assert warnings == (() if written else (f"the timings of the engine are not in the timing cache {path}",))
