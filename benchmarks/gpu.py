@@ -127,6 +127,7 @@ class Bench:
     baselines: tuple[str, ...]
     limit: Limit
     legacy: bool
+    attempts: int = 1
 
     def home(self, network: Network) -> Path:
         return self.folder / network.name
@@ -235,6 +236,10 @@ def _builds(bench: Bench) -> list[tuple[int, Callable[[], object]]]:
     return found
 
 
+def _attempts(bench: Bench) -> list[str]:
+    return ["--set", f"build.attempts={bench.attempts}"] if bench.attempts > 1 else []
+
+
 _NO_LIMITS = ("--set", "verify.min_cosine=0", "--set", "verify.min_sqnr_db=0")
 """An engine that is far from PyTorch is measured, too, and the table tells how far it is."""
 
@@ -257,6 +262,7 @@ def _build_bundle(bench: Bench, network: Network, precision: str) -> None:
             "tensorrt",
             *_NO_LIMITS,
             *_sources(network),
+            *_attempts(bench),
         )
         text = run(gpuopt(*asked, "--cache-dir", bench.folder / "cache", "--json"), told.with_suffix(".log"))
         told.write_text(text)
@@ -275,7 +281,8 @@ def compile_onnx(bench: Bench, network: Network, precision: str) -> None:
         gpuopt(
             "compile", home / "fp32.gpuopt/model.onnx", "-p", asked, *quantizer, "-t", "tensorrt",
             "-o", home / f"onnx-{precision}.gpuopt", *network.shapes(), "-c", home / SAMPLES,
-            *_NO_LIMITS, *checks, *_sources(network), "--cache-dir", bench.folder / "cache", "--json",
+            *_NO_LIMITS, *checks, *_sources(network), *_attempts(bench),
+            "--cache-dir", bench.folder / "cache", "--json",
         ),
         told.with_suffix(".log"),
     )  # fmt: skip
@@ -443,7 +450,7 @@ def _digest(kind: str, document: Mapping[str, Any]) -> Any:
                 "status": "failed", "kind": error.get("kind"), "exit_code": error.get("exit_code"),
                 "message": error.get("message"), "proof": proof or None, "stage_seconds": stages,
             }  # fmt: skip
-        about = ("library_version", "gpu", "driver_version", "options", "repairs", "size_bytes")
+        about = ("library_version", "gpu", "driver_version", "options", "attempts", "repairs", "size_bytes")
         kept = {key: facts.get(key) for key in about}
         return {
             "status": document.get("status"), "precision": document.get("precision"),
@@ -478,6 +485,7 @@ def render(found: Mapping[str, Any]) -> str:
         "ms",
         "lowest to highest",
         "loads",
+        "built",
         "times FP16's",
         "of the time in",
         "lowest SQNR against PyTorch over all corners, dB",
@@ -523,7 +531,9 @@ def _engine_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]
     race, rows = entries.get("race") or {}, []
     for engine, milliseconds in race.get("milliseconds", {}).items():
         kind = {"tensorrt int8": "native"}.get(engine, engine)
-        proof = (entries.get(f"build-{kind}") or entries.get(f"compile-{kind}") or {}).get("proof") or {}
+        made = entries.get(f"build-{kind}") or entries.get(f"compile-{kind}") or {}
+        proof = made.get("proof") or {}
+        attempts = len((made.get("build") or {}).get("attempts") or ()) or 1
         low, high = race["spread"][engine]
         ratio = race["ratios"].get(f"{engine} / fp16")
         shares = (proof.get("coverage") or {}).get("time_share") or {}
@@ -533,7 +543,7 @@ def _engine_rows(name: str, entries: Mapping[str, Any]) -> list[tuple[str, ...]]
         rows.append(
             (
                 name, str(entries["batch"]), f"auto: {chosen.get('chosen', '')}" if engine == "auto" else engine,
-                f"{milliseconds:.3f}", f"{low:.3f} to {high:.3f}", str(race.get("loads", 1)),
+                f"{milliseconds:.3f}", f"{low:.3f} to {high:.3f}", str(race.get("loads", 1)), str(attempts),
                 f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
                 told, f"{far['lowest_sqnr_db']:.1f}" if far else "",
             )
@@ -591,6 +601,7 @@ def main() -> None:
     parser.add_argument("--begin-within", type=float, metavar="SECONDS", help="no new build or measurement after that")
     parser.add_argument("--legacy", action="store_true", help="prepare for TensorRT 8.5 or 8.6")
     parser.add_argument("--jobs", type=int, default=1, help="models prepared, engines built at a time")
+    parser.add_argument("--attempts", type=int, default=1, help="each engine is the fastest of so many")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each race")
     parser.add_argument("--group", action="append", help="of measure: race, accuracy, bench, auto, profile; repeatable")
     parser.add_argument("--baseline", action="append", help="of gpuopt bench; repeatable; default: all")
@@ -607,7 +618,15 @@ def main() -> None:
     kinds = tuple(options.baseline or ())
     limit = Limit(options.begin_within)
     bench = Bench(
-        options.folder.resolve(), networks, options.jobs, options.seconds, groups, kinds, limit, options.legacy
+        options.folder.resolve(),
+        networks,
+        options.jobs,
+        options.seconds,
+        groups,
+        kinds,
+        limit,
+        options.legacy,
+        options.attempts,
     )
     steps: dict[str, Callable[[Bench], object]] = {
         "prepare": prepare, "baselines": baselines, "build": build, "measure": measure, "collect": collect,
