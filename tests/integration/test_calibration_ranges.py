@@ -96,7 +96,8 @@ def test_a_cache_of_tensorrt_is_taken_and_what_it_lacks_stays_in_floating_point(
     cache.write_text("\n".join(lines) + "\n")
     bundle, facts, said = reused(gpuopt, project, cache, "--set", "verify.min_cosine=0")
     found = scales(bundle)
-    assert found == {n: pytest.approx(2 * s) for n, s in known.items() if n != left_out}
+    # The average behind it gets no INT8 values any more.
+    assert found == {n: pytest.approx(2 * s) for n, s in known.items() if n not in (left_out, "relu_1")}
     assert left_out in facts["ranges_file"]["without_range"]
     assert "1 of its names were made up by TensorRT" in said
     assert f"'{left_out}' has no calibrated range" in (bundle / "report.md").read_text()
