@@ -148,9 +148,7 @@ def choose(linear: Runner, run: Run, cache: Cache, progress: Progress) -> Format
     best = LINEAR
     if len(runners) > 1:
         facts = time_in_turn(runners, target, recipe, cache, progress)
-        found = Race(
-            facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()}, facts["loads"]
-        )
+        found = Race.from_facts(facts)
         best = fastest(found, tuple(asked))
         about = {"shapes": dict(facts["shapes"]), "includes": facts["includes"]}
     table = {

@@ -179,9 +179,7 @@ class Contest:
             {name: candidate.runner for name, candidate in running.items()},
             target, self.recipe, self.cache, self.progress,
         )  # fmt: skip
-        found = Race(
-            facts["milliseconds"], {name: tuple(times) for name, times in facts["rounds"].items()}, facts["loads"]
-        )
+        found = Race.from_facts(facts)
         best = fastest(found)
         ratios = {n: _json(found.ratio(n, "fp16")) for n in running if n != "fp16"} if "fp16" in running else {}
         rows = [_row(candidates[name], found, target) for name in PRECISE_FIRST if name in candidates]

@@ -116,10 +116,14 @@ class EngineBench:
     def _loads(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
         """The engine loaded anew: where it lies in memory decides its speed, too."""
         racing = Racing({"": self._path}, shapes, self._request.trust, self._graphs, self._request.seconds * LOADS)
-        times = race_engines(racing, self.device).in_loads("")
+        batch, includes = batch_size(shapes), f"{_DEVICE}; {self._how}; loaded anew"
+        try:
+            times = race_engines(racing, self.device).in_loads("")
+        except GpuoptError as error:
+            yield Row(group="loads", name="load 1", batch=batch, includes=includes, failed=error.message)
+            return
         for number, rounds in enumerate(times, 1):
-            includes = f"{_DEVICE}; {self._how}; loaded anew"
-            yield throughput_row("loads", f"load {number}", batch_size(shapes), includes, rounds)
+            yield throughput_row("loads", f"load {number}", batch, includes, rounds)
 
     def _phases(self, shapes: Mapping[str, Shape]) -> Iterator[Row]:
         """Each part alone."""

@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from gpuopt.bench.statistics import Ratio, Summary, is_steady, paired_ratio, summarize
+from gpuopt.bench.statistics import Ratio, Summary, by_load, is_steady, paired_ratio, summarize
 
 
 class Subject(Protocol):
@@ -141,11 +141,15 @@ class Race:
         """How many times as long ours takes."""
         return paired_ratio(self.rounds[ours], self.rounds[theirs], self.loads)
 
-    def in_loads(self, name: str) -> list[tuple[float, ...]]:
+    def in_loads(self, name: str) -> list[Sequence[float]]:
         """The rounds of one subject, load by load."""
-        rounds = self.rounds[name]
-        size = len(rounds) // self.loads
-        return [rounds[index * size : (index + 1) * size] for index in range(self.loads)]
+        return by_load(self.rounds[name], self.loads)
+
+    @staticmethod
+    def from_facts(facts: Mapping[str, Any]) -> Race:
+        """The race that the facts of `stages/race.py` tell of."""
+        rounds = {name: tuple(times) for name, times in facts["rounds"].items()}
+        return Race(facts["milliseconds"], rounds, facts["loads"])
 
     @property
     def fastest(self) -> str:

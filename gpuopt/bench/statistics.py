@@ -99,6 +99,18 @@ class Ratio:
         return self.low > 1 or self.high < 1
 
 
+def by_load(rounds: Sequence[float], loads: int) -> list[Sequence[float]]:
+    """Rounds that lie one load's behind the other's, a sequence a load.
+
+    Raises:
+        ValueError: there are none, or not equally many a load.
+    """
+    size, rest = divmod(len(rounds), loads)
+    if not rounds or rest:
+        raise ValueError(f"{len(rounds)} rounds of {loads} loads")
+    return [rounds[start : start + size] for start in range(0, len(rounds), size)]
+
+
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], loads: int = 1, seed: int = 0) -> Ratio:
     """Median of the ratios ours / theirs of rounds that were measured in turn, which cancels slow drifts of clocks.
 
@@ -115,15 +127,12 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], loads: int = 1,
         ValueError: the rounds are not equally many a load.
     """
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    if not ratios or len(ratios) % loads:
-        raise ValueError(f"{len(ratios)} rounds of {loads} loads")
-    size = len(ratios) // loads
-    blocks = [ratios[start : start + size] for start in range(0, size * loads, size)]
+    blocks = by_load(ratios, loads)
     generator = random.Random(seed)  # noqa: S311 - statistics, not secrets
 
     def draw() -> float:
         taken = generator.choices(blocks, k=loads)
-        return statistics.median(ratio for block in taken for ratio in generator.choices(block, k=size))
+        return statistics.median(ratio for block in taken for ratio in generator.choices(block, k=len(block)))
 
     draws = sorted(draw() for _ in range(2000))
     return Ratio(statistics.median(ratios), draws[50], draws[1949])

@@ -17,8 +17,7 @@ convolution of an image network, which TensorRT fuses with the activation and po
 (ResNet-50, batch 32, H100, TensorRT 8.5: 60 us instead of 172), and a classifier with few outputs
 behind an average, since TensorRT averages INT8 values in INT8 only if what reads them takes INT8
 (ResNet-18, 10 classes, batch 64: both take 13 us in its own calibrator's engine, 21 in floating
-point). Products of two activations
-(attention) lose accuracy for little gain.
+point). Products of two activations (attention) lose accuracy for little gain.
 """
 
 from __future__ import annotations

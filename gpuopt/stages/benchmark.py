@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.bench import conditions
 from gpuopt.bench.measuring import Measurement, Settings, measure
 from gpuopt.bench.statistics import PERCENTILES
-from gpuopt.engine_record import Trust
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.reference import Reference
 from gpuopt.shapes import Shape, batch_size, format_shape
@@ -101,13 +99,12 @@ def _engine(context: StageContext, stored: Reference, shapes: Mapping[str, Shape
     from gpuopt.bench.subjects import ALL_PARTS, EngineSubject
     from gpuopt.cuda.device import Device, pci_bus_id
 
-    settings, build = context.recipe.benchmark, context.recipe.build
+    settings = context.recipe.benchmark
     graph = settings.cuda_graph and environment.has_module("cuda.bindings")
     path = next(file for file in sorted(context.folder("engine").iterdir()) if file.suffix == ".engine")
     record = engine_record.read(path)
-    trust = Trust([Path(name) for name in build.plugins], build.version_compatible)
     with gpu_turn(context.progress), conditions.watched(pci_bus_id()) as state, Device() as device:
-        engine = LoadedEngine.open(path, device, record, trust=trust)
+        engine = LoadedEngine.open(path, device, record, trust=context.trust)
         with engine.execution(shapes) as execution:
             corner = next((c for c in stored.corners if dict(c.shapes) == dict(shapes)), None)
             feeds = stored.feed(corner) if corner is not None else feeds_of_shape(engine, shapes)

@@ -13,7 +13,7 @@ from gpuopt.backends.tensorrt.builder import BuiltEngine
 from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.bench.measuring import Race
-from gpuopt.engine_record import EngineRecord, Trust
+from gpuopt.engine_record import EngineRecord
 from gpuopt.errors import EngineError, RequirementError
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
@@ -98,11 +98,10 @@ def _raced(context: StageContext, stored: Reference, folders: list[Path]) -> Rac
     from gpuopt.bench.engine_race import Racing, race_engines
     from gpuopt.cuda.device import Device
 
-    settings = context.recipe.build
     racing = Racing(
         {folder.name: folder / _ENGINE for folder in folders},
         {name: bounds.opt for name, bounds in stored.profiles[0].items()},
-        Trust([Path(name) for name in settings.plugins], settings.version_compatible),
+        context.trust,
         environment.has_module("cuda.bindings"),
     )
     with Device() as device:

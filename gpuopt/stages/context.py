@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpuopt.artifact import Artifact
 from gpuopt.errors import GpuoptError
 from gpuopt.progress import Progress
 from gpuopt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gpuopt.engine_record import Trust
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class StageContext:
     def engine_graph(self) -> Path:
         """The folder of the ONNX graph that engines are built from."""
         return self.folder("engine_onnx" if "engine_onnx" in self.artifacts else "onnx")
+
+    @property
+    def trust(self) -> Trust:
+        """The code from elsewhere that the recipe lets engines run."""
+        from gpuopt.engine_record import Trust
+
+        build = self.recipe.build
+        return Trust([Path(name) for name in build.plugins], build.version_compatible)
 
     def made(self, kind: str) -> Path:
         """A new folder for an artifact of this kind."""

@@ -41,10 +41,8 @@ def run(context: StageContext) -> StageOutcome:
     folder = context.folder("engine")
     path = next(file for file in sorted(folder.iterdir()) if file.suffix == ".engine")
     stored = reference.load(context.folder("reference"))
-    built = context.recipe.build
-    trust = Trust([Path(name) for name in built.plugins], built.version_compatible)
     with gpu_turn(context.progress):
-        result = prove(path, stored, context.recipe.verify, context.recipe.built_precision, trust)
+        result = prove(path, stored, context.recipe.verify, context.recipe.built_precision, context.trust)
     write_json(context.made("proof") / PROOF_FILE, result)
     return StageOutcome(result, tuple(result["warnings"]))
 

@@ -9,7 +9,6 @@ from gpuopt import reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.bench.measuring import Race, Subject, race
 from gpuopt.bench.subjects import SessionSubject
-from gpuopt.engine_record import Trust
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
@@ -52,11 +51,10 @@ def _race_engines(folders: Mapping[str, Path], stored: Reference, context: Stage
     from gpuopt.environment import has_module
 
     graphs = has_module("cuda.bindings")
-    built = context.recipe.build
     racing = Racing(
         {name: next(f for f in sorted(folder.iterdir()) if f.suffix == ".engine") for name, folder in folders.items()},
         {name: bounds.opt for name, bounds in stored.profiles[0].items()},
-        Trust([Path(name) for name in built.plugins], built.version_compatible),
+        context.trust,
         graphs,
         context.recipe.speed.seconds,
     )

@@ -157,3 +157,10 @@ def test_the_facts_of_gpus_have_types() -> None:
         assert gpu.total_bytes > 1 << 30
         assert np.array([float(gpu.compute_capability), float(gpu.driver_version)]).min() > 0
     assert (environment.free_gpu_memory() is None) == (environment.gpus() == [])
+
+
+def test_engines_run_no_code_but_what_the_recipe_names(tmp_path: Path) -> None:
+    made = context(tmp_path, build__plugins=["lib.so"], build__version_compatible=True)
+    assert (tuple(made.trust.plugins), made.trust.host_code) == ((Path("lib.so"),), True)
+    nothing = replace(made, recipe=resolve({"model": {"path": "m"}})).trust
+    assert (tuple(nothing.plugins), nothing.host_code) == ((), False)
