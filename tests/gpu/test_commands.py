@@ -136,13 +136,21 @@ def test_the_fastest_of_several_attempts_is_kept(quantizer: str, commands: Comma
     assert all(row["lowest"] <= row["milliseconds"] <= row["highest"] for row in facts["attempts"])
     assert facts["timing_cache"]["written_bytes"] > 0
     assert f"attempt {times.index(min(times)) + 1} is the fastest of" in done.stderr
-    # The timings kept are those of the engine kept: another build makes the same one.
+    # The timings kept are those of the engine kept: another build makes the same one, also after further attempts.
     again = commands.compiled(*asked, "-o", f"again-{quantizer}.gpuopt", "--require-timing-cache")
-    kept, rebuilt = (
-        [(layer["name"], layer["tactic"]) for e in one["engines"] if e["proof"] for layer in e["proof"]["layers"]]
-        for one in (report, again)
+    assert _tactics(report) == _tactics(again) != []
+    more = commands.compiled(*asked, "-o", f"more-{quantizer}.gpuopt", "--set", "build.attempts=2")
+    (row, _) = next(s["facts"] for s in more["stages"] if s["name"] == "build")["attempts"]
+    assert any("stays as it is" in said for said in more["warnings"]) == (not row["kept"])
+    # Another option, so that it is built anew.
+    last = commands.compiled(
+        *asked, "-o", f"last-{quantizer}.gpuopt", "--require-timing-cache", "--set", "build.repairs=false"
     )
-    assert kept == rebuilt != []
+    assert _tactics(report) == _tactics(last)
+
+
+def _tactics(report: Any) -> list[tuple[str, str]]:
+    return [(layer["name"], layer["tactic"]) for e in report["engines"] if e["proof"] for layer in e["proof"]["layers"]]
 
 
 def test_a_bundle_made_elsewhere_is_built_here(commands: Commands) -> None:

@@ -197,7 +197,8 @@ def _attempt(request: _Request, progress: Progress, deadline: float | None) -> B
         return _Failure(log.messages)
     warnings, use = list(made.warnings), None
     if made.cache is not None and options.timing_cache is not None:
-        use, said = timing_cache.save(made.config, made.cache, options.timing_cache, log.messages)
+        written = options.timings_apart or options.timing_cache
+        use, said = timing_cache.save(made.config, made.cache, written, log.messages)
         warnings.extend(said)
     return BuiltEngine(
         plan=bytes(plan),

@@ -116,7 +116,8 @@ def save(
 ) -> tuple[TimingCacheUse, tuple[str, ...]]:
     """Write the cache after a build, with what another build may have added to the file meanwhile.
 
-    Savers take turns by a lock on a file beside it.
+    Savers take turns by a lock on a file beside it. Of a tactic that both caches have timed TensorRT keeps both times
+    (8.5 does; it says that it keeps the first), so that neither cache decides the next engine alone.
 
     Returns:
         What was done, and warnings: an engine is not lost because its cache cannot be written.
@@ -137,7 +138,7 @@ def save(
 
 
 def save_file(trt: ModuleType, source: Path, path: Path) -> tuple[TimingCacheUse, tuple[str, ...]]:
-    """Put the timings of another file into a cache, before what it holds of the same tactics.
+    """Add the timings of another file to a cache, as `save` does those of a build.
 
     Returns:
         As `save`: warnings instead of errors, also where the other file is missing or does not fit.

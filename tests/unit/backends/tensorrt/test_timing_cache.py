@@ -223,7 +223,7 @@ class Builder:
         (b"", None),
     ],
 )
-def test_timings_of_another_file_go_before_those_of_the_cache(
+def test_timings_of_another_file_are_added_to_a_cache(
     source: bytes, written: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing_cache, "library_log", lambda trt: None)
