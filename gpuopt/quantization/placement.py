@@ -14,10 +14,10 @@ places has its input quantized whatever reads it, since the rounding of its many
 else the convolution in front and its residual would have to give floating point. INT8 is slower than
 FP16 on layers with few channels and on matrix-vector products, with two exceptions: the first
 convolution of an image network, which TensorRT fuses with the activation and pooling behind it
-(ResNet-50, batch 32, H100, TensorRT 8.5: 60 us instead of 172), and a classifier with few outputs
-behind an average, since TensorRT averages INT8 values in INT8 only if what reads them takes INT8
-(ResNet-18, 10 classes, batch 64: both take 13 us in its own calibrator's engine, 21 in floating
-point). Products of two activations (attention) lose accuracy for little gain.
+(ResNet-50, batch 32, H100, TensorRT 8.5: 60 us instead of 172), and a classifier behind an average,
+also with few outputs or a single row, since TensorRT averages INT8 values in INT8 only if what reads
+them takes INT8 (ResNet-18, 10 classes, batch 64: both take 13 us in INT8, 21 in floating point).
+Products of two activations (attention) lose accuracy for little gain.
 """
 
 from __future__ import annotations
@@ -350,11 +350,12 @@ def _weighted(graph: _Graph, rules: _Rules, regions: _Regions, node: onnx.NodePr
     return _Verdict(reason, (0,))
 
 
-def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int, any_outputs: bool) -> str:
+def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int, is_classifier: bool) -> str:
     """Why this kind of node stays out.
 
     Args:
-        any_outputs: only its input channels count against `min_channels`.
+        is_classifier: whether it reads an average of INT8 values: only its input channels count against
+            `min_channels`, and it may have a single row.
     """
     activation, operand = node.input[:2]
     weight = graph.constants.get(operand)
@@ -375,14 +376,15 @@ def _refused_by_kind(graph: _Graph, node: onnx.NodeProto, min_channels: int, any
         return "a matrix times a vector: memory-bound, INT8 brings nothing"
     channels = _channels(node, weight)
     sides: Sequence[int] = channels
-    if any_outputs:
+    if is_classifier:
         sides = channels[:1]
     elif _reads_an_image(graph, node, channels[0]):
         sides = channels[1:]
     narrow = min(sides)
     if narrow < min_channels:
         return f"{narrow} channels on a side, fewer than quantize.min_channels {min_channels}"
-    if node.op_type in ("MatMul", "Gemm") and _rows(node, graph.shapes.get(activation)) == 1:
+    is_product = node.op_type in ("MatMul", "Gemm")
+    if is_product and not is_classifier and _rows(node, graph.shapes.get(activation)) == 1:
         return "a vector times a matrix, always one row: memory-bound, INT8 brings nothing"
     return ""
 
