@@ -3,6 +3,8 @@
 model.onnx                    what ONNX Runtime gets
 engine.onnx                   what the engines are built from, where that is another graph
 model.<target>.engine         serialized engines, each with its record (.json): hash, library, GPU, shapes
+model.tensorrt.timing         a timing cache that gives the fastest of several attempts again
+model.tensorrt.calibration    the ranges of TensorRT's own calibrator
 calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner
 recipe.yaml                   the resolved recipe

@@ -291,12 +291,14 @@ def _write(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, runner: Ru
         **documents(report),
     }
     written = {*texts, CYCLONEDX_FILE, STATEMENT_FILE}
-    files = {name: folder / name for name in manifest["files"] if name not in written}
     made: dict[str, Path] = {}
     for result in runner.results:
         if result.step.stage.name == "build":
             made.update({path.name: path for path in result.entry.artifacts["engine"].path.iterdir()})
-    files.update(made)
+    # What lies beside an engine (record, ranges, timings) is of that engine.
+    old = tuple(name.removesuffix("engine") for name in made if name.endswith(".engine"))
+    kept = (name for name in manifest["files"] if name not in written and not name.startswith(old))
+    files = {**{name: folder / name for name in kept}, **made}
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
     about.update(
         status=report.status,

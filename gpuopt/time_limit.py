@@ -2,7 +2,7 @@
 
 When it is up, the main thread of the command raises `TimeLimitError`, wherever it is; the worker process is ended with
 the stage in it, and what was half-written goes with its scratch folder. TensorRT's builder, which lets itself be
-stopped from release 8.6 on, is told the same end beforehand, so that it can keep what it has timed.
+stopped from release 10 on, is told the same end beforehand, so that it can keep what it has timed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from gpuopt import onnx_model
 from gpuopt.quantization.measurement import Reals
@@ -223,10 +223,6 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     }
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
 @dataclass(frozen=True)
 class _Layout:
     """A weight as (groups, first, second, rest): which of the two middle axes holds the output channels."""
@@ -246,10 +242,10 @@ class _Layout:
 
 def _layout(node: onnx.NodeProto) -> _Layout:
     if node.op_type == "Conv":
-        return _Layout(int(_attribute(node, "group", 1)), True)
+        return _Layout(int(onnx_model.attributes(node).get("group", 1)), True)
     if node.op_type == "ConvTranspose":
-        return _Layout(int(_attribute(node, "group", 1)), False)
-    return _Layout(1, node.op_type == "Gemm" and bool(_attribute(node, "transB", 0)))
+        return _Layout(int(onnx_model.attributes(node).get("group", 1)), False)
+    return _Layout(1, node.op_type == "Gemm" and bool(onnx_model.attributes(node).get("transB", 0)))
 
 
 def _has_weights(graph: _Graph, node: onnx.NodeProto) -> bool:
@@ -259,7 +255,7 @@ def _has_weights(graph: _Graph, node: onnx.NodeProto) -> bool:
     shape = graph.shape_of_constant(node.input[1])
     if shape is None or len(shape) < 2 or (node.op_type in ("MatMul", "Gemm") and len(shape) != 2):
         return False
-    return node.op_type != "Gemm" or not _attribute(node, "transA", 0)
+    return node.op_type != "Gemm" or not onnx_model.attributes(node).get("transA", 0)
 
 
 def _is_depthwise(graph: _Graph, index: int) -> bool:
@@ -327,7 +323,7 @@ def _channels_made(graph: _Graph, node: onnx.NodeProto) -> int | None:
         same = constants and all(shape is not None and len(shape) == 1 for shape in constants)
         if not same or len(set(constants)) != 1 or constants[0] is None:
             return None
-        axis, rank = _attribute(node, "axis", -1), graph.rank(node.output[0])
+        axis, rank = onnx_model.attributes(node).get("axis", -1), graph.rank(node.output[0])
         if node.op_type in _LAST_AXIS_NORMS and axis not in (-1, (rank or 0) - 1):
             return None
         return constants[0][0]
@@ -381,7 +377,7 @@ def _passes(graph: _Graph, index: int, position: int, axis: int) -> int | None:
         reduced = {a % before for a in axes or range(before)}
         if axis in reduced:
             return None
-        return axis if _attribute(node, "keepdims", 1) else axis - sum(a < axis for a in reduced)
+        return axis if onnx_model.attributes(node).get("keepdims", 1) else axis - sum(a < axis for a in reduced)
     if kind in ("Reshape", "Flatten", "Squeeze"):
         return _through_reshape(graph.shapes[name], graph.shapes[node.output[0]], axis)
     return None

@@ -422,7 +422,7 @@ def _reads_an_image(graph: _Graph, node: onnx.NodeProto, channels: int) -> bool:
 
 def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:
     """Input and output channels of the whole node, groups counted together."""
-    if node.op_type == "Gemm" and _integer(node, "transB", 0):
+    if node.op_type == "Gemm" and onnx_model.attributes(node).get("transB", 0):
         return weight[1], weight[0]
     if node.op_type in ("MatMul", "Gemm"):
         return weight[-2], weight[-1]
@@ -433,18 +433,14 @@ def _channels(node: onnx.NodeProto, weight: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _groups(node: onnx.NodeProto) -> int:
-    return _integer(node, "group", 1)
-
-
-def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
+    return int(onnx_model.attributes(node).get("group", 1))
 
 
 def _rows(node: onnx.NodeProto, shape: tuple[int | None, ...] | None) -> int | None:
     """Rows of the activation's matrix, leading dimensions counted as rows; None where they are not fixed."""
     if shape is None:
         return None
-    if node.op_type == "Gemm" and _integer(node, "transA", 0):
+    if node.op_type == "Gemm" and onnx_model.attributes(node).get("transA", 0):
         shape = shape[::-1]
     rows = 1
     for size in shape[:-1]:
@@ -575,7 +571,7 @@ def _weight_axis(node: onnx.NodeProto, weight: tuple[int, ...]) -> int | None:
     if node.op_type == "ConvTranspose":
         return 1 if _groups(node) == 1 else None
     if node.op_type == "Gemm":
-        return 0 if _integer(node, "transB", 0) else 1
+        return 0 if onnx_model.attributes(node).get("transB", 0) else 1
     return 1 if len(weight) == 2 else None
 
 

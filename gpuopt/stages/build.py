@@ -33,6 +33,8 @@ ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tenso
 
 
 CALIBRATION_CACHE_FILE = "model.tensorrt.calibration"
+TIMINGS_FILE = "model.tensorrt.timing"
+"""A timing cache that gives the fastest of several attempts again."""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -60,6 +62,8 @@ def run(context: StageContext) -> StageOutcome:
     engine_record.write(path, record)
     if native and built.calibration_cache:
         write_bytes(path.parent / CALIBRATION_CACHE_FILE, built.calibration_cache)
+    if options.attempts > 1 and built.timings:
+        write_bytes(path.parent / TIMINGS_FILE, built.timings)
     facts = {
         "target": context.target,
         "file": path.name,

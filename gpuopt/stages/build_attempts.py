@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt import engine_record, environment
-from gpuopt.backends.tensorrt import timing_cache
 from gpuopt.backends.tensorrt.builder import BuiltEngine
-from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.bench.measuring import Race
 from gpuopt.engine_record import EngineRecord
-from gpuopt.errors import EngineError, RequirementError, TimeLimitError
+from gpuopt.errors import EngineError, RequirementError
 from gpuopt.reference import Reference
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import scratch_folder, storage_errors, write_bytes
@@ -41,12 +39,13 @@ def fastest(
 ) -> tuple[BuiltEngine, list[dict[str, Any]]]:
     """The fastest of `options.attempts` engines, and what each took.
 
-    The first takes the timings that the cache holds; the others time anew. Each writes a cache of its own, and that of
-    the engine which is kept alone goes into the cache of `options`: timings of two builds of one network give a third
-    engine. Where the engines cannot be raced the first is kept, with a warning.
+    The first is built as if it were the only one: it reads and fills the timing cache. The others time anew, and what
+    they time does not get there, since of the timings of two builds TensorRT makes a third engine. Where the engines
+    cannot be raced the first is kept, with a warning.
 
     Returns:
-        The engine; a row an attempt: `milliseconds` (median), `lowest`, `highest` of an inference, and `kept`.
+        The engine, whose `timings` give it again; a row an attempt: `milliseconds` (median), `lowest`, `highest` of an
+        inference, and `kept`.
 
     Raises:
         As `builder.build`.
@@ -58,12 +57,11 @@ def fastest(
         for number, folder in enumerate(folders):
             if number > 0:
                 context.progress.line(f"{context.target}: attempt {number + 1} of {count}")
-            try:
-                one = builds.build(_attempt(options, number, scratch / _CALIBRATION, folder))
-            except TimeLimitError:
-                if built:
-                    _with_timings(context, options, built, 0, folders[0])
-                raise
+            asked = options if number == 0 else _anew(options, scratch / _CALIBRATION)
+            # Without a cache, too, an engine's timings have to be known.
+            if number > 0 or asked.timing_cache is None:
+                asked = replace(asked, timing_cache=folder.with_name(f"{folder.name}.timings"))
+            one = builds.build(asked)
             if number == 0 and options.calibration is not None and one.calibration_cache:
                 write_bytes(scratch / _CALIBRATION, one.calibration_cache)
             folder.mkdir()
@@ -71,35 +69,35 @@ def fastest(
             engine_record.write(folder / _ENGINE, builds.record(folder / _ENGINE, one))
             # Plans of several GB wait on the disk.
             built.append(replace(one, plan=b""))
-        best = 0
-        rows: list[dict[str, Any]] = []
-        warnings: tuple[str, ...] = ()
+        best, rows = 0, []
+        said = [text for text in built[0].warnings if str(scratch) not in text]
         try:
             raced = _raced(context, stored, folders)
             best = int(raced.fastest)
             rows = [_row(raced, str(number), number == best) for number in range(count)]
+            said += [text for text in built[best].warnings if str(scratch) not in text]
         except (EngineError, RequirementError) as error:
-            warnings = (f"{context.target}: the attempts could not be raced, and the first is kept: {error.message}",)
-        kept = _with_timings(context, options, built, best, folders[best])
-        kept = replace(_with_plan(kept, folders[best]), seconds=sum(one.seconds for one in built))
+            said.append(f"{context.target}: the attempts could not be raced, and the first is kept: {error.message}")
+        with storage_errors("read", folders[best] / _ENGINE):
+            plan = (folders[best] / _ENGINE).read_bytes()
     if rows:
         shown = ", ".join(f"{row['milliseconds']:.4f}" for row in rows)
         context.progress.line(f"{context.target}: attempt {best + 1} is the fastest of {shown} ms")
-    return replace(kept, warnings=(*kept.warnings, *warnings)), rows
+    kept = replace(
+        built[best],
+        plan=plan,
+        timing_cache=built[0].timing_cache if options.timing_cache is not None else None,
+        warnings=tuple(dict.fromkeys(said)),
+        seconds=sum(one.seconds for one in built),
+    )
+    return kept, rows
 
 
-def _attempt(options: BuildOptions, number: int, calibration: Path, folder: Path) -> BuildOptions:
-    """Options of an attempt: a further one has no timings yet, and the ranges that TensorRT's calibrator found."""
-    timings = _timings(folder) if options.timing_cache is not None else None
-    if number == 0:
-        return replace(options, timings_apart=timings)
-    if options.calibration is not None and calibration.is_file():
-        options = replace(options, calibration=replace(options.calibration, cache_file=calibration))
-    return replace(options, timing_cache=timings)
-
-
-def _timings(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.timings")
+def _anew(options: BuildOptions, calibration: Path) -> BuildOptions:
+    """Options of a further attempt: the ranges that TensorRT's calibrator found for the first."""
+    if options.calibration is None or not calibration.is_file():
+        return options
+    return replace(options, calibration=replace(options.calibration, cache_file=calibration))
 
 
 def _raced(context: StageContext, stored: Reference, folders: list[Path]) -> Race:
@@ -114,34 +112,6 @@ def _raced(context: StageContext, stored: Reference, folders: list[Path]) -> Rac
     )
     with Device() as device:
         return race_engines(racing, device, context.progress.advance)
-
-
-def _with_timings(
-    context: StageContext, options: BuildOptions, built: list[BuiltEngine], best: int, folder: Path
-) -> BuiltEngine:
-    """The kept engine with its timings in the cache of `options`, from which the first attempt alone read."""
-    first, kept = built[0], built[best]
-    warnings = [said for one in (first, kept) for said in one.warnings if str(folder.parent) not in said]
-    use = first.timing_cache
-    if options.timing_cache is not None and use is not None:
-        if best > 0 and 0 < use.read_bytes == use.written_bytes:
-            written = use.read_bytes
-            warnings.append(
-                f"{context.target}: the timing cache {options.timing_cache} stays as it is: it held this network's "
-                f"timings, which give the engine of attempt 1; another --timing-cache takes attempt {best + 1}'s"
-            )
-        else:
-            saved, said = timing_cache.save_file(import_module(context.target), _timings(folder), options.timing_cache)
-            written = saved.written_bytes
-            warnings += said
-        use = replace(use, file=options.timing_cache, written_bytes=written)
-    return replace(kept, timing_cache=use, warnings=tuple(dict.fromkeys(warnings)))
-
-
-def _with_plan(built: BuiltEngine, folder: Path) -> BuiltEngine:
-    path = folder / _ENGINE
-    with storage_errors("read", path):
-        return replace(built, plan=path.read_bytes())
 
 
 def _row(raced: Race, name: str, kept: bool) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def test_what_the_compilation_found_stays_in_the_report(gpuopt: Gpuopt, project:
     old = next(s for s in report["stages"] if s["name"] == "build")
     report["stages"].append({**old, "target": "tensorrt", "warnings": [stays]})
     files = {name: folder / name for name in manifest["files"] if not name.startswith("report.")}
-    files["model.tensorrt.engine"] = folder / report["engines"][0]["file"]
+    for name in ("model.tensorrt.engine", "model.tensorrt.timing", "model.tensorrt-rtx.timing"):
+        files[name] = folder / report["engines"][0]["file"]
     about = {key: value for key, value in manifest.items() if key not in ("files", "manifest_version")}
     bundle.write(folder, files, {"report.json": json.dumps(report), "report.md": "", "report.html": ""}, about)
 
@@ -87,6 +88,8 @@ def test_what_the_compilation_found_stays_in_the_report(gpuopt: Gpuopt, project:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["build"]["target"] == ["tensorrt-rtx", "tensorrt", "onnxruntime"]
     assert (folder / "model.tensorrt.engine").is_file()
+    # Timings go with the engine that they are of.
+    assert [path.name for path in folder.glob("*.timing")] == ["model.tensorrt.timing"]
     assert built["created"] in (folder / "report.html").read_text()
 
 

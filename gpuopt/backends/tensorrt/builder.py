@@ -41,6 +41,8 @@ class BuiltEngine:
         repairs: what was changed so that the engine could be built, a line each.
         applied: options and flags in force, by name.
         timing_cache: what was done with it; None: there is none.
+        timings: what the build read there and timed itself, without what others have added since: a timing cache that
+            gives this engine again; None without one.
         calibration_cache: of TensorRT's own calibrator, its text; None without it.
         io_dtypes: numpy dtype by input and output.
         seconds: of the whole build, repairs included.
@@ -53,6 +55,7 @@ class BuiltEngine:
     repairs: tuple[str, ...] = ()
     applied: dict[str, Any] = field(default_factory=dict)
     timing_cache: timing_cache.TimingCacheUse | None = None
+    timings: bytes | None = None
     calibration_cache: bytes | None = None
     io_dtypes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -195,10 +198,10 @@ def _attempt(request: _Request, progress: Progress, deadline: float | None) -> B
         raise time_limit.error_after(None)
     if plan is None:
         return _Failure(log.messages)
-    warnings, use = list(made.warnings), None
+    warnings, use, timings = list(made.warnings), None, None
     if made.cache is not None and options.timing_cache is not None:
-        written = options.timings_apart or options.timing_cache
-        use, said = timing_cache.save(made.config, made.cache, written, log.messages)
+        timings = timing_cache.content(made.cache)
+        use, said = timing_cache.save(made.config, made.cache, options.timing_cache, log.messages)
         warnings.extend(said)
     return BuiltEngine(
         plan=bytes(plan),
@@ -207,6 +210,7 @@ def _attempt(request: _Request, progress: Progress, deadline: float | None) -> B
         warnings=tuple(warnings),
         applied=made.applied,
         timing_cache=use,
+        timings=timings,
         calibration_cache=calibrator.content if calibrator is not None else None,
         io_dtypes={name: _numpy_name(tensor.dtype) for name, tensor in networks.io_tensors(parsed.network).items()},
     )

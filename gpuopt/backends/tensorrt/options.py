@@ -44,8 +44,6 @@ class BuildOptions:
         optimization_level: 0 (fast build) to 5 (fast engine); None: the builder's own. TensorRT 8.6 and newer.
         workspace_bytes: limit of scratch memory, clamped to what is free; None: the builder's own.
         timing_cache: file to read tactic timings from and to add to; None: none.
-        timings_apart: file that the timings of a finished build go to instead of `timing_cache`, what was read there
-            among them; None: `timing_cache`.
         require_timing_cache: refuse to build if `timing_cache` does not exist or does not fit.
         attempts: so many engines are built and raced by `stages/build.py`; one build does not look at it.
         tactic_sources: TensorRT's names, as `EDGE_MASK_CONVOLUTIONS`; empty: the builder's own choice.
@@ -73,7 +71,6 @@ class BuildOptions:
     optimization_level: int | None = None
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
-    timings_apart: Path | None = None
     require_timing_cache: bool = False
     attempts: int = 1
     tactic_sources: tuple[str, ...] = ()

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpuopt.backends.tensorrt.log import library_log
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import Gpu
 from gpuopt.errors import BuildError, StorageError, UsageError
@@ -111,13 +110,18 @@ def _fitting(config: Any, content: bytes) -> Any:
         return None
 
 
+def content(attached: Attached) -> bytes:
+    """What the library would write to a file."""
+    return bytes(attached.cache.serialize())
+
+
 def save(
     config: Any, attached: Attached, path: Path, messages: Mapping[str, Sequence[str]]
 ) -> tuple[TimingCacheUse, tuple[str, ...]]:
     """Write the cache after a build, with what another build may have added to the file meanwhile.
 
-    Savers take turns by a lock on a file beside it. Of a tactic that both caches have timed TensorRT keeps both times
-    (8.5 does; it says that it keeps the first), so that neither cache decides the next engine alone.
+    Savers take turns by a lock on a file beside it. Where two builds of one layer chose different kernels, TensorRT
+    takes the one that was timed faster from then on (seen with 8.5.3), so that the next engine may be neither's.
 
     Returns:
         What was done, and warnings: an engine is not lost because its cache cannot be written.
@@ -129,28 +133,12 @@ def save(
         with _turn(path) as warnings:
             if path.is_file():
                 _add(config, attached.cache, path.read_bytes())
-            content = bytes(attached.cache.serialize())
-            write_bytes(path, content)
+            written = content(attached)
+            write_bytes(path, written)
     except (StorageError, OSError, TypeError, ValueError, RuntimeError) as error:
         warning = f"the timing cache {path} is not written: {error}"
         return TimingCacheUse(path, attached.read_bytes, 0, hits), (warning,)
-    return TimingCacheUse(path, attached.read_bytes, len(content), hits), warnings
-
-
-def save_file(trt: ModuleType, source: Path, path: Path) -> tuple[TimingCacheUse, tuple[str, ...]]:
-    """Add the timings of another file to a cache, as `save` does those of a build.
-
-    Returns:
-        As `save`: warnings instead of errors, also where the other file is missing or does not fit.
-    """
-    config = trt.Builder(library_log(trt)).create_builder_config()
-    try:
-        cache = _fitting(config, source.read_bytes())
-    except OSError:  # the build that made it could not write it, and said so
-        cache = None
-    if cache is None:
-        return TimingCacheUse(path, 0, 0, None), (f"the timings of the engine are not in the timing cache {path}",)
-    return save(config, Attached(cache, 0, ()), path, _SILENT)
+    return TimingCacheUse(path, attached.read_bytes, len(written), hits), warnings
 
 
 @contextlib.contextmanager

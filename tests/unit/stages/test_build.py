@@ -11,6 +11,7 @@ import pytest
 
 from gpuopt import engine_record, environment, onnx_model, reference
 from gpuopt.artifact import Artifact
+from gpuopt.backends.tensorrt.builder import BuiltEngine
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.progress import Silent
@@ -65,6 +66,18 @@ def test_an_engine_lies_beside_its_record(tmp_path: Path) -> None:
     assert facts["timing_cache"] is None
     assert facts["compute_capabilities"] == ["8.9"]
     assert facts["build_seconds"] > 0
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_timings_of_several_attempts_lie_beside_the_engine(
+    attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    made = BuiltEngine(b"plan", "1.7", (), timings=b"timings")
+    monkeypatch.setattr(build, "_built", lambda *_: (made, []))
+    build.run(context(tmp_path, build__attempts=attempts))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out/engine").iterdir()}
+    assert files.get("model.tensorrt.timing") == (None if attempts == 1 else b"timings")
 
 
 def test_every_setting_reaches_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from gpuopt import engine_record, reference
-from gpuopt.backends.tensorrt import timing_cache
 from gpuopt.backends.tensorrt.builder import BuiltEngine
 from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
 from gpuopt.backends.tensorrt.timing_cache import TimingCacheUse
@@ -20,7 +19,7 @@ from gpuopt.bench import engine_race
 from gpuopt.bench.measuring import Race
 from gpuopt.cuda import device
 from gpuopt.engine_record import EngineRecord
-from gpuopt.errors import EngineError, TimeLimitError
+from gpuopt.errors import EngineError
 from gpuopt.stages import build, build_attempts
 from gpuopt.stages.build_attempts import Builds
 from gpuopt.stages.context import StageContext
@@ -50,15 +49,7 @@ def raced(monkeypatch: pytest.MonkeyPatch) -> Raced:
 
 
 class Builder:
-    """Builds an engine that is its number, and notes the options.
-
-    Attributes:
-        held: bytes of timings that the cache gives the first.
-        stopped: numbers that a time limit stops.
-    """
-
-    held = 70
-    stopped: tuple[int, ...] = ()
+    """Builds an engine that is its number, and notes the options."""
 
     def __init__(self, made: StageContext) -> None:
         self.asked: list[BuildOptions] = []
@@ -69,17 +60,21 @@ class Builder:
         number = len(self.asked)
         self.asked.append(options)
         use = None
-        if number in self.stopped:
-            raise TimeLimitError("too late", "")
         if options.timing_cache is not None:
-            file = options.timings_apart or options.timing_cache
-            assert not file.exists()
-            file.write_bytes(b"timings of %d" % number)
-            use = TimingCacheUse(file, self.held if number == 0 else 0, 80, 7 if number == 0 else None)
+            assert number == 0 or not options.timing_cache.exists()
+            options.timing_cache.write_bytes(b"timings of %d" % number)
+            use = TimingCacheUse(options.timing_cache, 70 if number == 0 else 0, 80, 7 if number == 0 else None)
         ranges = b"ranges" if options.calibration is not None else None
         said = ("workspace clamped", f"attempt {number}", *([f"{use.file} is odd"] if use else []))
         return BuiltEngine(
-            b"engine %d" % number, "8.5.3.1", (), said, timing_cache=use, calibration_cache=ranges, seconds=1.0
+            b"engine %d" % number,
+            "8.5.3.1",
+            (),
+            said,
+            timing_cache=use,
+            timings=b"timings of %d" % number,
+            calibration_cache=ranges,
+            seconds=1.0,
         )
 
     def record(self, path: Path, built: BuiltEngine) -> EngineRecord:
@@ -108,58 +103,30 @@ def test_where_no_race_is_possible_the_first_is_kept_with_a_warning(raced: Raced
     )
 
 
-@pytest.fixture
-def saved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, Path]]:
-    """Timings that were added to a cache."""
-    found: list[tuple[bytes, Path]] = []
-
-    def save_file(library: object, source: Path, path: Path) -> tuple[TimingCacheUse, tuple[str, ...]]:
-        found.append((source.read_bytes(), path))
-        return TimingCacheUse(path, 0, 90, None), ("saved late",)
-
-    monkeypatch.setattr(timing_cache, "save_file", save_file)
-    monkeypatch.setattr(build_attempts, "import_module", lambda target: None)
-    return found
-
-
 @pytest.mark.parametrize("best", [0, 1])
-def test_timings_of_the_kept_engine_alone_go_into_the_cache(
-    best: int, raced: Raced, saved: list[tuple[bytes, Path]], tmp_path: Path
-) -> None:
+def test_the_first_alone_reads_and_fills_the_timing_cache(best: int, raced: Raced, tmp_path: Path) -> None:
     file = tmp_path / "t.timing"
     raced({"0": 1.0 + best, "1": 1.5})
     builder = Builder(context(tmp_path, "tensorrt"))
     kept, _ = builder.fastest(BuildOptions(attempts=2, timing_cache=file))
     assert [asked.timing_cache == file for asked in builder.asked] == [True, False]
-    assert saved == [(b"timings of %d" % best, file)]
-    assert not file.exists()
-    assert kept.timing_cache == TimingCacheUse(file, 70, 90, 7)
-    # What is said of the attempts' own files is no use to anybody.
-    assert kept.warnings == ("workspace clamped", "attempt 0", *(["attempt 1"] if best else []), "saved late")
+    assert file.read_bytes() == b"timings of 0"
+    assert kept.timing_cache == TimingCacheUse(file, 70, 80, 7)
+    assert kept.timings == b"timings of %d" % best
+    # What is said of a further attempt's own file is no use to anybody.
+    assert kept.warnings == ("workspace clamped", "attempt 0", f"{file} is odd", *(["attempt 1"] if best else []))
 
 
 @pytest.mark.parametrize("best", [0, 1])
-def test_a_cache_that_held_other_timings_of_the_network_stays_as_it_is(
-    best: int, raced: Raced, saved: list[tuple[bytes, Path]], tmp_path: Path
-) -> None:
-    file = tmp_path / "t.timing"
+def test_timings_are_known_without_a_timing_cache_too(best: int, raced: Raced, tmp_path: Path) -> None:
     raced({"0": 1.0 + best, "1": 1.5})
     builder = Builder(context(tmp_path, "tensorrt"))
-    builder.held = 80
-    kept, _ = builder.fastest(BuildOptions(attempts=2, timing_cache=file))
-    assert saved == ([] if best else [(b"timings of 0", file)])
-    assert kept.timing_cache == TimingCacheUse(file, 80, 80 if best else 90, 7)
-    assert (f"tensorrt: the timing cache {file} stays as it is" in kept.warnings[-1]) == bool(best)
-
-
-def test_the_first_attempt_s_timings_outlive_a_stopped_run(
-    raced: Raced, saved: list[tuple[bytes, Path]], tmp_path: Path
-) -> None:
-    builder = Builder(context(tmp_path, "tensorrt"))
-    builder.stopped = (1,)
-    with pytest.raises(TimeLimitError):
-        builder.fastest(BuildOptions(attempts=2, timing_cache=tmp_path / "t.timing"))
-    assert saved == [(b"timings of 0", tmp_path / "t.timing")]
+    kept, _ = builder.fastest(BuildOptions(attempts=2))
+    first, second = (asked.timing_cache for asked in builder.asked)
+    assert None not in (first, second)
+    assert first != second
+    assert (kept.timing_cache, kept.timings) == (None, b"timings of %d" % best)
+    assert kept.warnings == ("workspace clamped", "attempt 0", *(["attempt 1"] if best else []))
 
 
 def test_tensorrt_s_calibrator_runs_once(raced: Raced, tmp_path: Path) -> None:

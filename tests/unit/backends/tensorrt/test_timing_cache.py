@@ -205,35 +205,3 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     use, (warning,) = timing_cache.save(Config(), attached, path, {})
     assert use.written_bytes == 0
     assert "is not written" in warning
-
-
-class Builder:
-    def __init__(self, logger: object) -> None:
-        pass
-
-    def create_builder_config(self) -> Config:
-        return Config()
-
-
-@pytest.mark.parametrize(
-    ("source", "written"),
-    [
-        (b"a=1,b=1", b"a=1,b=1,c=2"),
-        (b"foreign", None),
-        (b"", None),
-    ],
-)
-def test_timings_of_another_file_are_added_to_a_cache(
-    source: bytes, written: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timing_cache, "library_log", lambda trt: None)
-    trt = ModuleType("tensorrt")
-    trt.Builder = Builder  # type: ignore[attr-defined]
-    other, path = tmp_path / "other", tmp_path / "cache"
-    path.write_bytes(HEAD + b"b=2,c=2")
-    if source:
-        other.write_bytes(HEAD + source)
-    use, warnings = timing_cache.save_file(trt, other, path)
-    assert path.read_bytes() == HEAD + (written or b"b=2,c=2")
-    assert (use.file, use.written_bytes) == (path, path.stat().st_size if written else 0)
-    assert warnings == (() if written else (f"the timings of the engine are not in the timing cache {path}",))
