@@ -3,7 +3,7 @@
 model.onnx                    what ONNX Runtime gets
 engine.onnx                   what the engines are built from, where that is another graph
 model.<target>.engine         serialized engines, each with its record (.json): hash, library, GPU, shapes
-model.tensorrt.timing         a timing cache that gives the fastest of several attempts again
+model.tensorrt.timing         a timing cache that gives the engine again, if it is one of several attempts or built so
 model.tensorrt.calibration    the ranges of TensorRT's own calibrator
 calibration.ranges.json       INT8 ranges, readable
 reference/                    inputs and the original model's outputs at every profile corner
@@ -68,6 +68,18 @@ def check_destination(folder: Path) -> None:
         )
     with scratch_folder(folder.parent, folder.name):
         pass
+
+
+def check_outside(folder: Path, file: str | Path | None) -> None:
+    """Refuse a file that gpuopt writes to, the timing cache, inside a bundle, which is replaced as a whole.
+
+    Raises:
+        UsageError: it lies in the folder.
+    """
+    if file is not None and Path(file).resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"the timing cache {file} lies in {folder}, and builds add to it", "Copy it elsewhere and name the copy."
+        )
 
 
 def remove(folder: Path) -> None:

@@ -4,7 +4,7 @@
     <cache>/entries/<key>/<kind>/...     the artifacts
     <cache>/last/<run>.json              the key parts of the last run, for --explain
     <cache>/sources/<source>.json        the files of user code behind a factory or a metric
-    <cache>/timing/<name>.cache          what TensorRT's builder has timed, by release and GPU
+    <cache>/timing/<name>.timing         what TensorRT's builder has timed, by release and GPU
     <cache>/journals/<key>.jsonl         what a stage that was interrupted had finished
 
 An entry appears by one rename and is never changed afterwards. A reader hashes its files; an entry

@@ -727,7 +727,7 @@ def bench(
         typer.Option(
             "--only",
             metavar="GROUP",
-            help="latency, phases, overlap, streams, batches, memory or baselines; repeatable. [default: all]",
+            help="latency, loads, phases, overlap, streams, batches, memory or baselines; repeatable. [default: all]",
         ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="For each row.")] = 1.0,

@@ -396,7 +396,7 @@ class BuildSection(Section):
         1,
         ge=1,
         le=16,
-        description="Build each engine so often, its tactics timed anew, race the engines, and keep the fastest.",
+        description="Build each engine so often, each time with timings of its own, race them, and keep the fastest.",
     )
     tactic_sources: Names = Field((), description="TensorRT's names; empty: its own choice.")
     auxiliary_streams: int | None = Field(None, ge=0, description="At most so many inside one engine.")

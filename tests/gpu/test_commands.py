@@ -139,19 +139,22 @@ def test_the_fastest_of_several_attempts_is_kept(quantizer: str, commands: Comma
     facts = next(s["facts"] for s in report["stages"] if s["name"] == "build")
     times = [row["milliseconds"] for row in facts["attempts"]]
     assert len(times) == 3
-    assert [row["kept"] for row in facts["attempts"]] == [time == min(times) for time in times]
+    assert [row["kept"] for row in facts["attempts"]].index(True) == times.index(min(times))
+    assert sum(row["kept"] for row in facts["attempts"]) == 1
     assert all(row["lowest"] <= row["milliseconds"] <= row["highest"] for row in facts["attempts"])
     assert facts["timing_cache"]["file"] == str(shared)
-    assert facts["timing_cache"]["written_bytes"] == shared.stat().st_size >= size > 0
+    assert facts["timing_cache"]["read_bytes"] == size > 0
+    assert facts["timing_cache"]["written_bytes"] == shared.stat().st_size
     assert f"attempt {times.index(min(times)) + 1} is the fastest of" in done.stderr
     # The timings beside the engine give it again.
     beside = commands.folder / bundle / "model.tensorrt.timing"
     shutil.copyfile(beside, own)
     settings = ("build.attempts=1", f"build.timing_cache={own}", "build.require_timing_cache=true")
     anew = ("-t", "tensorrt", "--json", "--no-cache", *(word for setting in settings for word in ("--set", setting)))
-    again = commands.report("build", bundle, *anew)
-    assert not beside.exists()
-    assert _tactics(report) == _tactics(again) != []
+    for _ in range(2):
+        again = commands.report("build", bundle, *anew)
+        assert _tactics(report) == _tactics(again) != []
+        assert beside.is_file()
 
 
 def _tactics(report: Any) -> list[tuple[str, str]]:

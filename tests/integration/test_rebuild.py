@@ -130,3 +130,11 @@ def test_gates_are_judged_again_where_the_engine_is_built(gpuopt: Gpuopt, projec
     verified = gpuopt("verify", folder, "--json").report()
     assert {gate["name"] for gate in verified["gates"]} >= {"cosine", "sqnr_db", "verification_failures"}
     assert "engine_size_bytes" not in {gate["name"] for gate in verified["gates"]}
+
+
+def test_a_timing_cache_in_the_output_is_refused(gpuopt: Gpuopt, project: Path) -> None:
+    folder = project / "inside.gpuopt"
+    arguments = ("-p", "fp16", "-t", "tensorrt", "--no-build", "-o", folder)
+    result = gpuopt("compile", project / "model.pt", *arguments, "--timing-cache", folder / "a.timing")
+    assert (result.code, "a.timing lies in" in result.stderr) == (2, True), result.stderr
+    assert not folder.exists()

@@ -17,6 +17,7 @@ from gpuopt.errors import StorageError, UsageError
 from gpuopt.pipeline import Runner
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
+from gpuopt.report.model import Report
 
 
 def bundle(folder: Path, opset: int = 17, **settings: Any) -> Path:
@@ -67,6 +68,27 @@ def test_a_graph_for_tensorrt_8_is_not_built_as_another_precision(
     assert caught.value.hint == "Compile again without build.legacy."
     with pytest.raises(UsageError, match="cannot change"):
         chosen(folder, target, "build.legacy=false")
+
+
+def test_a_timing_cache_in_the_bundle_is_refused(machine: Any, tmp_path: Path) -> None:
+    machine("onnxruntime", "tensorrt", version=(10, 3))
+    folder = bundle(tmp_path)
+    with pytest.raises(UsageError, match="lies in") as caught:
+        chosen(folder, None, f"build.timing_cache={folder / 'model.tensorrt.timing'}")
+    assert caught.value.hint == "Copy it elsewhere and name the copy."
+    beside = tmp_path.parent / "copy.timing"
+    assert chosen(folder, None, f"build.timing_cache={beside}").build.timing_cache == str(beside)
+
+
+def test_where_timings_came_from_is_not_kept(machine: Any, tmp_path: Path) -> None:
+    machine("onnxruntime", "tensorrt", version=(10, 3))
+    for before in (None, "first.timing"):
+        folder = bundle(tmp_path, build__timing_cache=before)
+        asked = ("build.timing_cache=other.timing", "build.require_timing_cache=true", "build.attempts=1")
+        recipe = chosen(folder, None, *asked)
+        report = Report.model_construct(engines=[])
+        kept = rebuild._kept(folder, recipe, report).build
+        assert (kept.timing_cache, kept.require_timing_cache, kept.attempts) == (before, False, 1)
 
 
 def test_tensorrt_with_a_gpu_comes_first_whatever_the_bundle_was_made_for(machine: Any, tmp_path: Path) -> None:

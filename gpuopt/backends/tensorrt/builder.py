@@ -97,7 +97,7 @@ def build(
         deadline: when to stop, by `time.monotonic`; only a builder with a progress monitor can.
 
     Raises:
-        TimeLimitError: it was stopped; what it had timed is in the timing cache.
+        TimeLimitError: it was stopped; what it had timed is in the timing cache of the options.
         RequirementError: the module is missing, or there is no GPU for a target that needs one.
         UsageError: an option that this release does not have.
         BuildError: the parser or the builder refuses; the message names the node where there is one.

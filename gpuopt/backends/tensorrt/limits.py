@@ -75,7 +75,7 @@ def check(target: str, version: str, options: BuildOptions) -> None:
         )
     if options.attempts > 1 and options.require_timing_cache:
         raise UsageError(
-            "build.attempts times tactics anew, and build.require_timing_cache takes all timings from a file",
+            "build.attempts times tactics anew from the second on, build.require_timing_cache takes them from a file",
             "Leave out one of the two: model.tensorrt.timing beside an engine that attempts chose gives it again.",
         )
     if options.weight_streaming and options.calibration is not None:

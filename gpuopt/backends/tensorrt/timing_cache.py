@@ -15,10 +15,11 @@ from typing import Any
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import Gpu
 from gpuopt.errors import BuildError, StorageError, UsageError
-from gpuopt.storage import storage_errors, write_bytes
+from gpuopt.storage import read_bytes, storage_errors, write_bytes
 
 _LOCK_SECONDS = 10.0
 """How long a save waits for others, which hold the lock while they read, combine and write."""
+_MOST_BYTES = 1 << 30
 _NOT_USED = "timing cache will not be used"
 _SILENT: Mapping[str, Sequence[str]] = {"ERROR": (), "NOTED": ()}
 _LOADED = re.compile(r"Loaded [1-9]\d* timing cache entries")
@@ -79,7 +80,7 @@ def attach(
     content = b""
     if path.is_file():
         with storage_errors("read", path):
-            content = path.read_bytes()
+            content = read_bytes(path, _MOST_BYTES)
     elif options.require_timing_cache:
         raise BuildError(
             f"there is no timing cache {path}, and it is required",
@@ -110,9 +111,12 @@ def _fitting(config: Any, content: bytes) -> Any:
         return None
 
 
-def content(attached: Attached) -> bytes:
-    """What the library would write to a file."""
-    return bytes(attached.cache.serialize())
+def content(attached: Attached) -> bytes | None:
+    """What `save` would write to a file that is not there; None if the library gives nothing."""
+    try:
+        return bytes(attached.cache.serialize())
+    except (TypeError, ValueError, RuntimeError):  # a null pointer where the binding wants an object
+        return None
 
 
 def save(
@@ -132,8 +136,8 @@ def save(
             path.parent.mkdir(parents=True, exist_ok=True)
         with _turn(path) as warnings:
             if path.is_file():
-                _add(config, attached.cache, path.read_bytes())
-            written = content(attached)
+                _add(config, attached.cache, read_bytes(path, _MOST_BYTES))
+            written = bytes(attached.cache.serialize())
             write_bytes(path, written)
     except (StorageError, OSError, TypeError, ValueError, RuntimeError) as error:
         warning = f"the timing cache {path} is not written: {error}"

@@ -68,16 +68,24 @@ def test_an_engine_lies_beside_its_record(tmp_path: Path) -> None:
     assert facts["build_seconds"] > 0
 
 
-@pytest.mark.parametrize("attempts", [1, 2])
-def test_timings_of_several_attempts_lie_beside_the_engine(
-    attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "timings", "kept"),
+    [
+        ({}, b"timings", None),
+        ({"build__attempts": 2}, b"timings", b"timings"),
+        ({"build__attempts": 2}, None, None),
+        ({"build__timing_cache": "copy", "build__require_timing_cache": True}, b"timings", b"timings"),
+    ],
+)
+def test_timings_that_give_the_engine_again_lie_beside_it(
+    asked: dict[str, Any], timings: bytes | None, kept: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    made = BuiltEngine(b"plan", "1.7", (), timings=b"timings")
+    made = BuiltEngine(b"plan", "1.7", (), timings=timings)
     monkeypatch.setattr(build, "_built", lambda *_: (made, []))
-    build.run(context(tmp_path, build__attempts=attempts))
+    build.run(context(tmp_path, **asked))
     files = {path.name: path.read_bytes() for path in (tmp_path / "out/engine").iterdir()}
-    assert files.get("model.tensorrt.timing") == (None if attempts == 1 else b"timings")
+    assert files.get("model.tensorrt.timing") == kept
 
 
 def test_every_setting_reaches_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from gpuopt.backends.tensorrt import timing_cache
 from gpuopt.backends.tensorrt.options import BuildOptions
 from gpuopt.environment import Gpu
-from gpuopt.errors import BuildError, UsageError
+from gpuopt.errors import BuildError, StorageError, UsageError
 
 TRT = ModuleType("tensorrt")
 TRT.__version__ = "8.5.3.1"  # type: ignore[attr-defined]
@@ -113,6 +113,35 @@ def test_no_file_means_no_cache() -> None:
     assert timing_cache.attach(Config(), TRT, BuildOptions()) is None
     with pytest.raises(UsageError, match="require_timing_cache needs a timing cache"):
         timing_cache.attach(Config(), TRT, BuildOptions(require_timing_cache=True))
+
+
+def test_a_build_s_own_timings_are_without_those_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(HEAD + b"a=1")
+    config = Config()
+    attached = timing_cache.attach(config, TRT, BuildOptions(timing_cache=path))
+    assert attached is not None
+    attached.cache.add(b"b=2")
+    path.write_bytes(HEAD + b"a=1,c=3")
+    assert timing_cache.content(attached) == HEAD + b"a=1,b=2"
+    timing_cache.save(config, attached, path, {})
+    assert path.read_bytes() == HEAD + b"a=1,b=2,c=3"
+
+
+def test_a_library_that_gives_no_timings_costs_no_engine() -> None:
+    class Null(Cache):
+        def serialize(self) -> Any:
+            return None
+
+    assert timing_cache.content(timing_cache.Attached(Null(b""), 0, ())) is None
+
+
+def test_a_file_too_large_to_be_a_timing_cache_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_cache, "_MOST_BYTES", 1 << 20)
+    path = tmp_path / "cache"
+    path.write_bytes(HEAD.ljust((1 << 20) + 1))
+    with pytest.raises(StorageError, match="has more than 1 MiB"):
+        timing_cache.attach(Config(), TRT, BuildOptions(timing_cache=path))
 
 
 def test_a_cache_grows_with_what_other_builds_added_meanwhile(tmp_path: Path) -> None:
