@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpuopt.errors import UsageError
@@ -81,6 +81,11 @@ class ShapeRange:
 
 
 Profile = Mapping[str, ShapeRange]
+
+
+def tuned_shapes(profiles: Sequence[Profile]) -> dict[str, Shape]:
+    """The shapes by input at which an engine of several profiles is timed: the first one's optimum."""
+    return {name: bounds.opt for name, bounds in profiles[0].items()}
 
 
 @dataclass(frozen=True)

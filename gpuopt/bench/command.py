@@ -18,7 +18,7 @@ from gpuopt.errors import EngineError, GpuoptError, RequirementError, UsageError
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
-from gpuopt.shapes import Shape, format_shape
+from gpuopt.shapes import Shape, format_shape, tuned_shapes
 from gpuopt.storage import sha256_file, write_text
 
 GROUPS = ("latency", "loads", "phases", "overlap", "streams", "batches", "memory", "baselines")
@@ -156,10 +156,10 @@ def _find(subject: Path, public_key: str | None) -> _Found:
 
 def _shapes(found: _Found) -> dict[str, Shape]:
     if found.stored is not None:
-        return {name: bounds.opt for name, bounds in found.stored.profiles[0].items()}
+        return tuned_shapes(found.stored.profiles)
     if found.engine is None:
         raise UsageError("there is nothing to measure", "Name a folder that 'gpuopt compile' wrote.")
-    return {n: bounds.opt for n, bounds in engine_record.read(found.engine).shape_profiles()[0].items()}
+    return tuned_shapes(engine_record.read(found.engine).shape_profiles())
 
 
 def _pci_bus_id() -> str | None:

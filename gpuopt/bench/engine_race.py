@@ -14,7 +14,7 @@ from gpuopt.bench.measuring import Race, joined, race
 from gpuopt.bench.subjects import EngineSubject
 from gpuopt.cuda.device import Device
 from gpuopt.engine_record import Trust
-from gpuopt.shapes import Shape
+from gpuopt.shapes import Shape, tuned_shapes
 
 LOADS = 5
 """How often each engine is loaded: where its weights and its scratch memory lie decides how fast it is, too."""
@@ -84,7 +84,7 @@ def _loaded(racing: Racing, device: Device) -> Iterator[dict[str, EngineSubject]
         for name, path in racing.files.items():
             record = engine_record.read(path)
             engine = stack.enter_context(LoadedEngine.open(path, device, record, trust=racing.trust))
-            shapes = racing.shapes or {tensor: bounds.opt for tensor, bounds in engine.profiles[0].items()}
+            shapes = racing.shapes or tuned_shapes(engine.profiles)
             execution = stack.enter_context(engine.execution(shapes))
             execution.run(feeds_of_shape(engine, shapes))
             subjects[name] = EngineSubject(execution, cuda_graph=racing.cuda_graph)

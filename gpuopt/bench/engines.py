@@ -29,7 +29,7 @@ from gpuopt.engine_record import EngineRecord
 from gpuopt.environment import has_module
 from gpuopt.errors import GpuoptError
 from gpuopt.progress import Progress
-from gpuopt.shapes import Shape, batch_size
+from gpuopt.shapes import Shape, batch_size, tuned_shapes
 
 if TYPE_CHECKING:
     from gpuopt.bench.command import Request
@@ -212,7 +212,7 @@ class EngineBench:
             record = engine_record.read(path)
             loaded = LoadedEngine.open(path, self.device, record, trust=self._request.trust)
             other = stack.enter_context(loaded)
-            other_shapes = {name: bounds.opt for name, bounds in other.profiles[0].items()}
+            other_shapes = tuned_shapes(other.profiles)
             theirs = stack.enter_context(other.execution(other_shapes))
             theirs.run(feeds_of_shape(other, other_shapes))
             ours = stack.enter_context(self._ready(shapes))

@@ -19,7 +19,7 @@ from gpuopt.inspection.home import Home
 from gpuopt.inspection.model import FileFacts, GraphFacts, TensorFacts, WeightFacts
 from gpuopt.inspection.runtime_limits import Operator
 from gpuopt.quantization import macs
-from gpuopt.shapes import Shape, format_shape
+from gpuopt.shapes import Shape, format_shape, tuned_shapes
 from gpuopt.storage import sha256_file, storage_errors
 
 _PRECISIONS: Mapping[int, str] = {
@@ -187,7 +187,7 @@ def _inputs(model: onnx.ModelProto) -> Iterable[onnx.ValueInfoProto]:
 
 def _input_shapes(model: onnx.ModelProto, home: Home | None) -> dict[str, Shape]:
     """Those that the first profile is tuned for; without one as the graph has them, 1 for what it leaves open."""
-    tuned = {name: bounds.opt for name, bounds in home.profiles[0].items()} if home and home.profiles else {}
+    tuned = tuned_shapes(home.profiles) if home and home.profiles else {}
     found: dict[str, Shape] = {}
     for value in _inputs(model):
         shape = _shape(value)

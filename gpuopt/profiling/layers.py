@@ -19,6 +19,7 @@ from gpuopt.profiling.origins import modules
 from gpuopt.profiling.peaks import Peak
 from gpuopt.quantization import macs
 from gpuopt.reference import Reference
+from gpuopt.shapes import tuned_shapes
 
 Bound = Literal["memory", "arithmetic", "latency", ""]
 _FAR = 3.0
@@ -104,7 +105,7 @@ def of_engine(
     from gpuopt.cuda.device import Device
 
     with Device() as device, LoadedEngine.open(path, device, engine_record.read(path), trust=trust) as engine:
-        shapes = {name: bounds.opt for name, bounds in engine.profiles[0].items()}
+        shapes = tuned_shapes(engine.profiles)
         with engine.execution(shapes) as execution:
             execution.run(feeds_of_shape(engine, shapes))
             subject = EngineSubject(execution, cuda_graph=False)

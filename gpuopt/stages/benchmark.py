@@ -15,7 +15,7 @@ from gpuopt.bench.measuring import Measurement, Settings, measure
 from gpuopt.bench.statistics import PERCENTILES
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.reference import Reference
-from gpuopt.shapes import Shape, batch_size, format_shape
+from gpuopt.shapes import Shape, batch_size, format_shape, tuned_shapes
 from gpuopt.stages.context import StageContext
 
 MOST_TIMINGS = 2000
@@ -31,7 +31,7 @@ def run(context: StageContext) -> StageOutcome:
     Returns facts: those of `report.model.BenchmarkReport`.
     """
     stored = reference.load(context.folder("reference"))
-    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    shapes = tuned_shapes(stored.profiles)
     batch = batch_size(shapes)
     about = {
         "target": context.target,

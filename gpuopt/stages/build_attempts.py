@@ -14,6 +14,7 @@ from gpuopt.bench.measuring import Race
 from gpuopt.engine_record import EngineRecord
 from gpuopt.errors import EngineError, RequirementError
 from gpuopt.reference import Reference
+from gpuopt.shapes import tuned_shapes
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import scratch_folder, storage_errors, write_bytes
 
@@ -106,7 +107,7 @@ def _raced(context: StageContext, stored: Reference, folders: list[Path]) -> Rac
 
     racing = Racing(
         {folder.name: folder / _ENGINE for folder in folders},
-        {name: bounds.opt for name, bounds in stored.profiles[0].items()},
+        tuned_shapes(stored.profiles),
         context.trust,
         environment.has_module("cuda.bindings"),
     )

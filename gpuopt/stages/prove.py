@@ -26,6 +26,7 @@ from gpuopt.engine_record import Trust
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.recipe import Precision, VerifySection
 from gpuopt.reference import Reference
+from gpuopt.shapes import tuned_shapes
 from gpuopt.stages.context import StageContext
 from gpuopt.stages.verify import BATCH_TOLERANCE, limits_of
 from gpuopt.storage import write_json
@@ -149,7 +150,7 @@ def _repeats_equal(engine: LoadedEngine, stored: Reference) -> bool:
 
 def _layers(engine: LoadedEngine, stored: Reference) -> tuple[tuple[EngineLayer, ...], dict[str, float]]:
     """Layers and milliseconds of each at the first profile's optimum: without shapes TensorRT tells no formats."""
-    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    shapes = tuned_shapes(stored.profiles)
     with engine.execution(shapes) as execution:
         execution.run(feeds_of_shape(engine, shapes))
         found = inspector.layers(engine.layer_information(execution))

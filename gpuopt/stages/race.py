@@ -12,7 +12,7 @@ from gpuopt.bench.subjects import SessionSubject
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.progress import Progress
 from gpuopt.reference import Reference
-from gpuopt.shapes import format_shape
+from gpuopt.shapes import format_shape, tuned_shapes
 from gpuopt.stages.context import StageContext
 
 SUBJECT = "subject "
@@ -32,7 +32,7 @@ def run(context: StageContext) -> StageOutcome:
         found, includes = _race_sessions(folders, stored, seconds, context.progress)
     else:
         found, includes = _race_engines(folders, stored, context)
-    shapes = {name: format_shape(bounds.opt) for name, bounds in stored.profiles[0].items()}
+    shapes = {name: format_shape(shape) for name, shape in tuned_shapes(stored.profiles).items()}
     return StageOutcome(
         {
             "target": context.target,
@@ -53,7 +53,7 @@ def _race_engines(folders: Mapping[str, Path], stored: Reference, context: Stage
     graphs = has_module("cuda.bindings")
     racing = Racing(
         {name: next(f for f in sorted(folder.iterdir()) if f.suffix == ".engine") for name, folder in folders.items()},
-        {name: bounds.opt for name, bounds in stored.profiles[0].items()},
+        tuned_shapes(stored.profiles),
         context.trust,
         graphs,
         context.recipe.speed.seconds,
@@ -71,7 +71,7 @@ def _race_engines(folders: Mapping[str, Path], stored: Reference, context: Stage
 def _race_sessions(
     folders: Mapping[str, Path], stored: Reference, seconds: float, progress: Progress
 ) -> tuple[Race, str]:
-    shapes = {name: bounds.opt for name, bounds in stored.profiles[0].items()}
+    shapes = tuned_shapes(stored.profiles)
     corner = next(c for c in stored.corners if dict(c.shapes) == shapes)
     feed = stored.feed(corner)
     subjects: dict[str, Subject] = {name: SessionSubject(f / ONNX_FILE, feed) for name, f in folders.items()}
