@@ -112,6 +112,8 @@ NETWORKS = (
 BESIDE = "resnet50-b1/int8.gpuopt/model.tensorrt.engine"
 """Runs beside another network's engine, below the bench's folder."""
 CALIBRATION_IMAGES = 32
+CALIBRATION_BATCHES = 16
+"""Of a network with a fixed batch at least so many: as many as bias correction needs to be measured."""
 SAMPLES = "samples.npz"
 
 
@@ -186,7 +188,7 @@ def save_samples(home: Path, network: Network) -> None:
     if network.trained:
         np.savez(home / SAMPLES, **{INPUT: np.load(home / "calibration.npz")["image"]})
         return
-    count = CALIBRATION_IMAGES
+    count = max(CALIBRATION_IMAGES, CALIBRATION_BATCHES * network.batches[0])
     generator = np.random.default_rng(0)
     side = network.shape[-1]
     images = np.zeros((count, *network.shape), np.float32)
