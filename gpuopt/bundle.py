@@ -70,8 +70,8 @@ def check_destination(folder: Path) -> None:
         pass
 
 
-def check_outside(folder: Path, file: str | Path | None) -> None:
-    """Refuse a file that gpuopt writes to, the timing cache, inside a bundle, which is replaced as a whole.
+def check_timing_cache(folder: Path, file: str | None) -> None:
+    """Refuse a timing cache inside a bundle: builds add to it, and the bundle is replaced as a whole.
 
     Raises:
         UsageError: it lies in the folder.

@@ -200,7 +200,7 @@ def compile_model(
         if recipe.gates.mode == "fail":
             check_provable(recipe)
         bundle.check_destination(destination)
-        bundle.check_outside(destination, recipe.build.timing_cache)
+        bundle.check_timing_cache(destination, recipe.build.timing_cache)
         if recipe.precision == "auto":
             choice = contest.choose()
             error = choice.error

@@ -174,7 +174,8 @@ def build_bundle(
                 }
             )
         if error is None:
-            _write(folder, manifest, _kept(folder, io_formats.as_shipped(recipe, format_race), report), runner, report)
+            shipped = _bundle_recipe(folder, io_formats.as_shipped(recipe, format_race), report)
+            _write(folder, manifest, shipped, runner, report)
             bundle.remove(failed_folder(folder))
         elif runner.at_work is None:
             _write_failure(failed_folder(folder), recipe, report)
@@ -218,7 +219,7 @@ def _recipe(folder: Path, target: str | None, settings: Sequence[str]) -> Recipe
     set_value(tree, "build.target", [engine, "onnxruntime"])
     set_value(tree, "build.enabled", True)
     recipe = resolve(tree)
-    bundle.check_outside(folder, recipe.build.timing_cache)
+    bundle.check_timing_cache(folder, recipe.build.timing_cache)
     _check_graph(folder, recipe, engine)
     return recipe
 
@@ -265,16 +266,14 @@ def _take_over(runner: Runner, other: Runner) -> None:
             runner.adopt(kind, artifact.path)
 
 
-def _kept(folder: Path, recipe: Recipe, report: Report) -> Recipe:
+def _bundle_recipe(folder: Path, recipe: Recipe, report: Report) -> Recipe:
     """The bundle's recipe: its targets are those of all the files in it, the engine made now first.
 
     Where timings were read from is of this build alone: the next one is on another machine.
     """
     tree = recipe.model_dump(mode="json")
-    before = load(folder / "recipe.yaml").get("build") or {}
-    tree["build"].update(
-        timing_cache=before.get("timing_cache"), require_timing_cache=before.get("require_timing_cache", False)
-    )
+    before = resolve(load(folder / "recipe.yaml")).build
+    tree["build"].update(timing_cache=before.timing_cache, require_timing_cache=before.require_timing_cache)
     engines = (engine.target for engine in report.engines if engine.target != "onnxruntime")
     tree["build"]["target"] = list(dict.fromkeys((recipe.build.target[0], *engines, "onnxruntime")))
     return resolve(tree)

@@ -87,7 +87,7 @@ def test_where_timings_came_from_is_not_kept(machine: Any, tmp_path: Path) -> No
         asked = ("build.timing_cache=other.timing", "build.require_timing_cache=true", "build.attempts=1")
         recipe = chosen(folder, None, *asked)
         report = Report.model_construct(engines=[])
-        kept = rebuild._kept(folder, recipe, report).build
+        kept = rebuild._bundle_recipe(folder, recipe, report).build
         assert (kept.timing_cache, kept.require_timing_cache, kept.attempts) == (before, False, 1)
 
 

@@ -200,7 +200,7 @@ def _attempt(request: _Request, progress: Progress, deadline: float | None) -> B
         return _Failure(log.messages)
     warnings, use, timings = list(made.warnings), None, None
     if made.cache is not None and options.timing_cache is not None:
-        timings = timing_cache.content(made.cache)
+        timings = timing_cache.serialized(made.cache)
         use, said = timing_cache.save(made.config, made.cache, options.timing_cache, log.messages)
         warnings.extend(said)
     return BuiltEngine(

@@ -79,8 +79,7 @@ def attach(
         return None
     content = b""
     if path.is_file():
-        with storage_errors("read", path):
-            content = read_bytes(path, _MOST_BYTES)
+        content = read_bytes(path, _MOST_BYTES)
     elif options.require_timing_cache:
         raise BuildError(
             f"there is no timing cache {path}, and it is required",
@@ -111,7 +110,7 @@ def _fitting(config: Any, content: bytes) -> Any:
         return None
 
 
-def content(attached: Attached) -> bytes | None:
+def serialized(attached: Attached) -> bytes | None:
     """What `save` would write to a file that is not there; None if the library gives nothing."""
     try:
         return bytes(attached.cache.serialize())

@@ -123,7 +123,7 @@ def test_a_build_s_own_timings_are_without_those_of_others(tmp_path: Path) -> No
     assert attached is not None
     attached.cache.add(b"b=2")
     path.write_bytes(HEAD + b"a=1,c=3")
-    assert timing_cache.content(attached) == HEAD + b"a=1,b=2"
+    assert timing_cache.serialized(attached) == HEAD + b"a=1,b=2"
     timing_cache.save(config, attached, path, {})
     assert path.read_bytes() == HEAD + b"a=1,b=2,c=3"
 
@@ -133,7 +133,7 @@ def test_a_library_that_gives_no_timings_costs_no_engine() -> None:
         def serialize(self) -> Any:
             return None
 
-    assert timing_cache.content(timing_cache.Attached(Null(b""), 0, ())) is None
+    assert timing_cache.serialized(timing_cache.Attached(Null(b""), 0, ())) is None
 
 
 def test_a_file_too_large_to_be_a_timing_cache_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
