@@ -13,7 +13,7 @@ import gpuopt
 from gpuopt import bundle, environment, gates, io_formats
 from gpuopt.artifact import ENGINE_ONNX_FILE, ONNX_FILE
 from gpuopt.cache import Cache
-from gpuopt.engine_record import Trust
+from gpuopt.engine_record import ENGINE_FILES, Trust
 from gpuopt.errors import AccuracyError, GpuoptError, PrecisionError, SpeedError, StorageError
 from gpuopt.gpu_turn import gpu_turn
 from gpuopt.pipeline import (
@@ -360,10 +360,9 @@ def _proofs_of_bundle(
 ) -> dict[str, Mapping[str, Any]]:
     """Every engine of a bundle that can run here, run: by target."""
     from gpuopt import reference
-    from gpuopt.stages.build import ENGINE_FILE
 
     proofs: dict[str, Mapping[str, Any]] = {}
-    for target, name in ENGINE_FILE.items():
+    for target, name in ENGINE_FILES.items():
         if name in manifest["files"] and not why_not_run(recipe, target):
             from gpuopt.stages.prove import prove
 

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 EngineTarget = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-_ENGINE_FILES: Mapping[str, EngineTarget] = {
-    "model.tensorrt.engine": "tensorrt",
-    "model.tensorrt-rtx.engine": "tensorrt-rtx",
-}
 _MOST_EXECUTIONS = 8
 
 
@@ -109,7 +105,9 @@ def load(
         path.stat()
     bundle.open_subject(path, None if public_key is None else str(public_key))
     if path.is_dir():
-        present = {kind: path / name for name, kind in _ENGINE_FILES.items() if (path / name).is_file()}
+        present: dict[EngineTarget, Path] = {
+            kind: path / name for kind, name in engine_record.ENGINE_FILES.items() if (path / name).is_file()
+        }
         chosen = target or _best(present, device)
         if chosen == "onnxruntime":
             return _OnnxRuntimeEngine(path, device)

@@ -6,7 +6,7 @@ lies beside it and holds its hash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gpuopt.errors import EngineError, first_problem
 from gpuopt.shapes import Profile, ShapeRange, TensorSpec, format_shape, parse_shape
 from gpuopt.storage import read_bytes, write_text
+
+BuiltTarget = Literal["tensorrt", "tensorrt-rtx"]
+ENGINE_FILES: Mapping[BuiltTarget, str] = {
+    "tensorrt": "model.tensorrt.engine",
+    "tensorrt-rtx": "model.tensorrt-rtx.engine",
+}
+"""What the engine for a target is called in a bundle; where a bundle has both, the first is meant."""
+
+
+def find_engine(folder: Path) -> Path | None:
+    """The engine in a bundle, if it has one."""
+    return next((folder / name for name in ENGINE_FILES.values() if (folder / name).is_file()), None)
 
 
 class _Part(BaseModel):
@@ -63,7 +75,7 @@ class EngineRecord(_Part):
     file: str
     sha256: str
     size_bytes: int
-    target: Literal["tensorrt", "tensorrt-rtx"]
+    target: BuiltTarget
     library_version: str
     version_compatible: bool
     compute_capabilities: tuple[str, ...]

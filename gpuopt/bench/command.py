@@ -22,7 +22,6 @@ from gpuopt.shapes import Shape, format_shape, tuned_shapes
 from gpuopt.storage import sha256_file, write_text
 
 GROUPS = ("latency", "loads", "phases", "overlap", "streams", "batches", "memory", "baselines")
-_ENGINES = ("model.tensorrt.engine", "model.tensorrt-rtx.engine")
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ def write(report: BenchReport, path: Path) -> None:
 def _find(subject: Path, public_key: str | None) -> _Found:
     bundle.open_subject(subject, public_key)
     if subject.is_dir():
-        engine = next((subject / name for name in _ENGINES if (subject / name).is_file()), None)
-        return _Found(engine, subject, reference.load(subject / "reference"))
+        return _Found(engine_record.find_engine(subject), subject, reference.load(subject / "reference"))
     if subject.suffix == ".engine" and subject.is_file():
         return _Found(subject, None, None)
     raise UsageError(f"{subject} is neither a bundle nor an engine", "Name a folder that 'gpuopt compile' wrote.")

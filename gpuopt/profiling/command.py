@@ -25,7 +25,6 @@ from gpuopt.progress import Progress
 from gpuopt.recipe import load, resolve
 from gpuopt.storage import write_bytes
 
-_ENGINES = ("model.tensorrt.engine", "model.tensorrt-rtx.engine")
 _MOST_ROWS = 40
 
 
@@ -215,7 +214,7 @@ def _lines(report: ProfileReport, by_time: bool) -> Iterator[str]:
 def _find(subject: Path) -> tuple[Path | None, Path | None]:
     """The engine and the bundle's folder."""
     if subject.is_dir():
-        return next((subject / name for name in _ENGINES if (subject / name).is_file()), None), subject
+        return engine_record.find_engine(subject), subject
     if subject.suffix == ".engine" and subject.is_file():
         return subject, None
     raise UsageError(f"{subject} is neither a bundle nor an engine", "Name a folder that 'gpuopt compile' wrote.")

@@ -18,7 +18,7 @@ from gpuopt.backends.tensorrt.builder import BuiltEngine
 from gpuopt.backends.tensorrt.library import import_module
 from gpuopt.backends.tensorrt.options import BuildOptions, NativeCalibration
 from gpuopt.calibration.reading import open_for_model
-from gpuopt.engine_record import EngineRecord, TensorRecord
+from gpuopt.engine_record import BuiltTarget, EngineRecord, TensorRecord
 from gpuopt.environment import Gpu
 from gpuopt.errors import DataError
 from gpuopt.gpu_turn import gpu_turn
@@ -28,9 +28,6 @@ from gpuopt.shapes import TensorSpec
 from gpuopt.stages import build_attempts
 from gpuopt.stages.context import StageContext
 from gpuopt.storage import sha256_file, write_bytes
-
-ENGINE_FILE = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}
-
 
 CALIBRATION_CACHE_FILE = "model.tensorrt.calibration"
 TIMINGS_FILE = "model.tensorrt.timing"
@@ -56,7 +53,7 @@ def run(context: StageContext) -> StageOutcome:
     turn = gpu_turn(context.progress) if context.target == "tensorrt" else contextlib.nullcontext(0.0)
     with turn as waited:
         built, attempts = _built(context, onnx_path, stored, options, gpu)
-    path = context.made("engine") / ENGINE_FILE[context.target]
+    path = context.made("engine") / engine_record.ENGINE_FILES[_target(context)]
     write_bytes(path, built.plan)
     record = _record(path, context, built, stored, gpu)
     engine_record.write(path, record)
@@ -199,6 +196,10 @@ def _kept_in_fp32(context: StageContext, onnx_path: Path) -> tuple[str, ...]:
     )
 
 
+def _target(context: StageContext) -> BuiltTarget:
+    return "tensorrt" if context.target == "tensorrt" else "tensorrt-rtx"
+
+
 def _record(path: Path, context: StageContext, built: BuiltEngine, stored: Reference, gpu: Gpu | None) -> EngineRecord:
     def tensors(specs: tuple[TensorSpec, ...]) -> tuple[TensorRecord, ...]:
         return tuple(
@@ -211,7 +212,7 @@ def _record(path: Path, context: StageContext, built: BuiltEngine, stored: Refer
         file=path.name,
         sha256=sha256_file(path),
         size_bytes=len(built.plan),
-        target="tensorrt" if context.target == "tensorrt" else "tensorrt-rtx",
+        target=_target(context),
         library_version=built.version,
         version_compatible=settings.version_compatible,
         compute_capabilities=_capabilities(context, gpu),

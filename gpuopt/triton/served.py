@@ -42,8 +42,6 @@ DATA_TYPES: Mapping[str, str] = {
 }
 """Triton's name of a numpy dtype, from the table of data types in its model configuration guide."""
 
-_ENGINES = ("model.tensorrt.engine", "model.tensorrt-rtx.engine")
-
 
 @dataclass(frozen=True)
 class ServedTensor:
@@ -146,7 +144,7 @@ def of_bundle(folder: Path, backend: Backend | None = None, torchscript: Path | 
     """
     manifest = bundle.open_bundle(folder)
     stored = reference.load(folder / "reference")
-    engine = next((folder / name for name in _ENGINES if (folder / name).is_file()), None)
+    engine = engine_record.find_engine(folder)
     chosen: Backend = backend or ("tensorrt" if engine is not None else "onnxruntime")
     if (chosen == "pytorch") != (torchscript is not None):
         raise UsageError(
