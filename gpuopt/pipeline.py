@@ -270,7 +270,7 @@ class Runner:
         self._worker = Worker()
         self._artifacts: dict[str, Artifact] = {}
         self._of_target: dict[str, dict[str, Artifact]] = {}
-        self._data_hashes: dict[tuple[str | None, int | None], str | None] = {}
+        self._data_hashes: dict[tuple[str | None, int | None, int], str | None] = {}
         self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._started = time.time()
@@ -443,7 +443,7 @@ class Runner:
                 parts["input.calibration ranges"] = sha256_file(ranges)
         elif "data" in stage.sources or "evaluation" in stage.sources:
             kind = "calibration" if "data" in stage.sources else "evaluation"
-            fingerprint = self._hash_once(*self._data(stage))
+            fingerprint = self._hash_once(*self._data(stage), images_per_sample(self._inputs(step).get("reference")))
             if fingerprint is None:
                 return None
             parts[f"input.{kind} data"] = fingerprint
@@ -537,22 +537,30 @@ class Runner:
             return calibrate.data, limits.get(stage.name, calibrate.samples)
         return None, None
 
-    def _hash_once(self, data: str | None, limit: int | None) -> str | None:
+    def _hash_once(self, data: str | None, limit: int | None, images: int) -> str | None:
         """`_data_fingerprint`: several stages read the same data, and that may be large."""
-        if (data, limit) not in self._data_hashes:
-            self._data_hashes[data, limit] = self._data_fingerprint(data, limit)
-        return self._data_hashes[data, limit]
+        if (data, limit, images) not in self._data_hashes:
+            self._data_hashes[data, limit, images] = self._data_fingerprint(data, limit, images)
+        return self._data_hashes[data, limit, images]
 
-    def _data_fingerprint(self, data: str | None, limit: int | None) -> str | None:
+    def _data_fingerprint(self, data: str | None, limit: int | None, images: int) -> str | None:
         from gpuopt.calibration.reading import data_files
 
         if data is None:
             return "none"
-        files = data_files(data, limit)
+        files = data_files(data, limit, images)
         if files is None:
             return None
         with storage_errors("read", Path(data)):
             return sha256_json([[os.path.relpath(file, data), self.file_sha256(file)] for file in files])
+
+
+def images_per_sample(stored: Artifact | None) -> int:
+    """Of a folder of images: as many as the fixed batch of the `reference`, one while there is none."""
+    from gpuopt import reference
+    from gpuopt.calibration import readers
+
+    return 1 if stored is None else readers.images_per_sample(reference.load(stored.path).inputs)
 
 
 def _build_machine(recipe: Recipe) -> dict[str, str]:

@@ -63,6 +63,8 @@ def _is_importing() -> bool:
 
 def imported(module: str) -> ModuleType:
     """The user's module, of the current folder, PYTHONPATH or what is installed; what it raises, it raises."""
+    if module.endswith(".py"):
+        raise ModuleNotFoundError(f"{module} is a file's name; the module is called {module.removesuffix('.py')}")
     search_current_folder()
     return importlib.import_module(module)
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gpuopt.calibration.readers.base import Feed
+from gpuopt.calibration.readers.base import Feed, counted
 from gpuopt.calibration.reading import open_for_model
 from gpuopt.shapes import TensorSpec
 from gpuopt.stages.context import StageContext
@@ -42,6 +42,11 @@ class Split:
     def enough(self) -> bool:
         """Whether a verdict can be based on them."""
         return self.count >= FEWEST_SAMPLES
+
+    @property
+    def too_few(self) -> str:
+        """Why there is no verdict where they are not enough."""
+        return f"{counted(self.count)}: too few to measure whether it helps, fewer than {FEWEST_SAMPLES}"
 
     @property
     def held_out_count(self) -> int:

@@ -40,23 +40,31 @@ def _image_options(recipe: Recipe, inputs: Sequence[TensorSpec]) -> ImageOptions
     return replace(options, layout=given, as_bytes=form.normalization is not None)
 
 
-def data_files(data: str, limit: int | None) -> list[Path] | None:
-    """The files whose bytes decide the first `limit` samples; None where code makes them."""
+def data_files(data: str, limit: int | None, images_per_sample: int = 1) -> list[Path] | None:
+    """The files whose bytes decide the first `limit` samples; None where code makes them.
+
+    Args:
+        images_per_sample: of a folder of images; see `readers.images_per_sample`.
+    """
     if not Path(data).expanduser().exists():
         return None
     if (path := Path(data).expanduser()).is_file():
         return [path]
     # How images are cut plays no part in which files are read.
-    return open_reader(data, [], ImageOptions(crop=1), limit).files()
+    return open_reader(data, [], ImageOptions(crop=1, batch=images_per_sample), limit).files()
 
 
 def stated_inputs(recipe: Recipe) -> list[TensorSpec]:
-    """What a recipe says of its inputs' shapes, in the deployed form, for reading data before the model is loaded."""
+    """What a recipe says of its inputs' shapes, in the deployed form, for reading data before the model is loaded.
+
+    The batch is left open: what is read then shows the shape of one sample.
+    """
     specs = []
     for name, section in recipe.inputs.items():
         shapes = section.range()
         if shapes:
-            sizes = tuple(f"dim{axis}" if axis in shapes.dynamic_axes else size for axis, size in enumerate(shapes.opt))
+            is_open = {0, *shapes.dynamic_axes}
+            sizes = tuple(f"dim{axis}" if axis in is_open else size for axis, size in enumerate(shapes.opt))
             spec = TensorSpec(name or "input", section.dtype or "float32", sizes)
             form = form_of_input(recipe.layout, spec.name)
             specs.append(form.spec(spec) if len(sizes) in RANKS else spec)

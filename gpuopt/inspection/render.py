@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
+from gpuopt.backends.tensorrt.library import name_of
 from gpuopt.inspection.model import (
     BundleFacts,
     EngineFacts,
@@ -24,7 +25,6 @@ from gpuopt.shapes import format_shape
 
 _LABEL = 13
 _WIDTH = 120
-_LIBRARIES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _MOST_OPERATORS = 12
 
 
@@ -80,7 +80,7 @@ def _bundle(found: BundleFacts) -> Iterator[str]:
 def _engine_title(found: EngineFacts) -> str:
     if found.target is None:
         return "serialized engine"
-    return f"{_LIBRARIES[found.target]} engine, {found.precision}"
+    return f"{name_of(found.target)} engine, {found.precision}"
 
 
 def _engine(found: EngineFacts) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _engine(found: EngineFacts) -> Iterator[str]:
         yield from _row("record", found.record_problem.removeprefix("no record") or "none")
     if found.target is not None:
         versions = "; runs in later minor releases, too" if found.version_compatible else ""
-        yield from _row("built by", f"{_LIBRARIES[found.target]} {found.library_version}{versions}")
+        yield from _row("built by", f"{name_of(found.target)} {found.library_version}{versions}")
         builder = f"on {found.gpu}, driver for CUDA {found.driver_version}" if found.gpu else "without a GPU"
         yield from _row("for GPUs", f"{_capabilities(found)}; built {builder}")
         if found.precision == "fp32":

@@ -138,13 +138,17 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def materials_of(
-    recipe: Recipe, sources: Collection[str], sha256: Callable[[Path], str] = sha256_file
+    recipe: Recipe,
+    sources: Collection[str],
+    sha256: Callable[[Path], str] = sha256_file,
+    images_per_sample: int = 1,
 ) -> tuple[Material, ...]:
     """What a recipe names as input, hashed.
 
     Args:
         sources: what was read, as stages declare it: `model`, `data`, `evaluation`, `metric`.
         sha256: of a file; what has hashed it already may tell.
+        images_per_sample: of a folder of images.
 
     Raises:
         StorageError: a file cannot be read.
@@ -158,9 +162,9 @@ def materials_of(
         with storage_errors("read", path):
             found += [_file("model", file, sha256) for file in files_of(path)]
     if "data" in sources and calibrate.data is not None:
-        found.append(_data("calibration data", calibrate.data, calibrate.samples, sha256))
+        found.append(_data("calibration data", calibrate.data, calibrate.samples, sha256, images_per_sample))
     if "evaluation" in sources and accuracy.data is not None:
-        found.append(_data("evaluation data", accuracy.data, accuracy.samples, sha256))
+        found.append(_data("evaluation data", accuracy.data, accuracy.samples, sha256, images_per_sample))
     labels = accuracy.labels if "metric" in sources else None
     for role, name in (("labels", labels), ("calibration ranges", calibrate.ranges)):
         # Labels may be the name of an array inside the data.
@@ -204,10 +208,10 @@ def _file(role: str, path: Path, sha256: Callable[[Path], str]) -> Material:
     return Material(role, path.name, {"sha256": sha256(path)}, 1)
 
 
-def _data(role: str, data: str, limit: int | None, sha256: Callable[[Path], str]) -> Material:
+def _data(role: str, data: str, limit: int | None, sha256: Callable[[Path], str], images_per_sample: int) -> Material:
     from gpuopt.calibration.reading import data_files
 
-    files = data_files(data, limit)
+    files = data_files(data, limit, images_per_sample)
     if files is None:
         return Material(role, data, {}, 0)
     root = Path(data).expanduser()

@@ -13,7 +13,7 @@ import numpy as np
 from gpuopt import onnx_model
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
-from gpuopt.calibration.held_out import FEWEST_SAMPLES, open_split
+from gpuopt.calibration.held_out import open_split
 from gpuopt.errors import described
 from gpuopt.quantization import bias_correction, measurement
 from gpuopt.quantization.measurement import Reals
@@ -60,8 +60,7 @@ def _shifts(context: StageContext) -> tuple[Mapping[str, Reals], dict[str, Any]]
     split = open_split(context, onnx_model.input_specs(exact), 2)
     facts: dict[str, Any] = {"samples": split.count, "held_out": split.held_out_count}
     if asked == "auto" and not split.enough:
-        reason = f"{split.count} samples are too few to measure whether it helps, fewer than {FEWEST_SAMPLES}"
-        return {}, {**facts, "reason": reason}
+        return {}, {**facts, "reason": split.too_few}
     with tempfile.TemporaryDirectory(dir=context.output) as scratch:
         samples = split.chosen_by() if split.enough else split.samples
         means = measurement.mean_differences(both.model, both.pairs, samples, Path(scratch) / "both")

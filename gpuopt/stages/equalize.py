@@ -16,7 +16,7 @@ from gpuopt import onnx_model, reference
 from gpuopt.artifact import ONNX_FILE, StageOutcome
 from gpuopt.backends.onnxruntime import Session
 from gpuopt.calibration.collectors import RangeCollector
-from gpuopt.calibration.held_out import FEWEST_SAMPLES, Split, open_split
+from gpuopt.calibration.held_out import Split, open_split
 from gpuopt.calibration.run import RunOptions, calibrate
 from gpuopt.comparison import SAME, first_difference
 from gpuopt.errors import described
@@ -104,8 +104,7 @@ def _measured(model: onnx.ModelProto, sites: list[Site], context: StageContext) 
     split = open_split(context, onnx_model.input_specs(model), len(methods) + 2)
     facts: dict[str, Any] = {"sites": len(sites), "samples": split.count, "held_out": split.held_out_count}
     if settings.equalize == "auto" and not split.enough:
-        reason = f"{split.count} samples are too few to measure whether it helps, fewer than {FEWEST_SAMPLES}"
-        return _Choice({**facts, "reason": reason})
+        return _Choice({**facts, "reason": split.too_few})
     trial = _Trial(context, split)
     before = trial.sqnr(model)
     if settings.equalize == "auto" and before is None:

@@ -158,14 +158,43 @@ def test_what_cannot_be_is_a_mistake_of_usage(flags: tuple[str, ...], message: s
     assert not Path("out.gpuopt").exists()
 
 
-def test_images_of_a_folder_are_bytes_and_the_scale_is_checked(here: Path, gpuopt: Gpuopt) -> None:
+def save_photos(count: int, seed: int = 0) -> None:
     from PIL import Image
 
-    Path("photos").mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(33):
+    Path("photos").mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
         pixels = generator.integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(f"photos/{index:02}.png")
+
+
+def test_a_folder_of_images_calibrates_a_fixed_batch(here: Path, gpuopt: Gpuopt) -> None:
+    save_photos(33)
+    asked = ("compile", "net:make", "-p", "int8", "--input", "image:4x3x16x16", "-c", "photos", "-t", "onnxruntime")
+    asked = (*asked, "--set", "calibrate.samples=4", "-o", "out.gpuopt", "--json")
+    report = gpuopt(*asked).report()
+    calibration = next(stage["facts"] for stage in report["stages"] if stage["name"] == "calibrate")
+    assert "4 of 8 samples of 4 images (1 left over)" in calibration["data"]
+    materials = json.loads(Path("out.gpuopt/manifest.json").read_text())["materials"]
+    assert [material["files"] for material in materials if material["role"] == "calibration data"] == [16]
+    # The last of the first sample's photos counts, the second sample is not read.
+    for photo, is_read in (("03", True), ("06", False)):
+        Path(f"photos/{photo}.png").write_bytes(Path("photos/32.png").read_bytes())
+        cached = {stage["name"]: stage["cached"] for stage in gpuopt(*asked).report()["stages"]}
+        assert cached["calibrate"] is not is_read
+
+
+def test_the_largest_shape_alone_is_enough_for_images(here: Path, gpuopt: Gpuopt) -> None:
+    save_photos(8)
+    asked = ("compile", "net:make", "-p", "int8", "--max-shapes", "image:4x3x16x16", "-c", "photos")
+    report = gpuopt(*asked, "-t", "onnxruntime", "-o", "out.gpuopt", "--json").report()
+    (stated,) = next(stage["facts"] for stage in report["stages"] if stage["name"] == "export")["inputs"]
+    assert stated["profiles"] == [{"min": "1x3x16x16", "opt": "4x3x16x16", "max": "4x3x16x16"}]
+    assert any("comes from one calibration sample, 1x3x16x16" in warning for warning in report["warnings"])
+
+
+def test_images_of_a_folder_are_bytes_and_the_scale_is_checked(here: Path, gpuopt: Gpuopt) -> None:
+    save_photos(33)
     result = gpuopt("quantize", "net:make", *SHAPES, *BYTES, "-c", "photos", "-o", "out", "--json")
     assert result.code == 0, result.stderr
     document = json.loads(result.stdout)

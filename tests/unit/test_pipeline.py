@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from gpuopt import environment, user_code
+from gpuopt import environment, reference, user_code
 from gpuopt.artifact import Artifact
 from gpuopt.cache import Cache, Entry
 from gpuopt.compile import NO_ENGINE, remarks, with_defaults
@@ -31,6 +31,7 @@ from gpuopt.pipeline import (
 )
 from gpuopt.progress import Silent
 from gpuopt.recipe import Recipe, resolve, set_value
+from gpuopt.shapes import ShapeRange, TensorSpec, corners
 
 _BUDGET = "measure fallback confirm"
 _PLACEMENT = "equalize choose measure analyze fallback quantize"
@@ -153,6 +154,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], name="a")], "g", values[:1], values[1:])
     for name in ("model.onnx", "copy.onnx"):
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), name)
+    shape = ShapeRange((1, 4), (1, 4), (1, 4))
+    interface = reference.Interface((TensorSpec("x", "float32", (1, 4)),), ("y",), ({"x": shape},))
+    zeros = np.zeros((1, 4), np.float32)
+    feeds = {corner.name: {"x": zeros} for corner in corners(interface.profiles)}
+    reference.record(tmp_path, interface, lambda _: [zeros], feeds, "ONNX")
     for name, count in (("data.npz", 3), ("other.npz", 4)):
         np.savez(name, x=np.zeros((count, 4), np.float32))
     np.save("labels.npy", np.zeros(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpuopt.backends.tensorrt.library import name_of
 from gpuopt.engine_record import EngineRecord
 from gpuopt.errors import EngineError
 from gpuopt.storage import sha256_file, storage_errors
@@ -77,13 +78,12 @@ def check_machine(record: EngineRecord, here: Here) -> None:
 def library_problem(record: EngineRecord, version: str) -> EngineError | None:
     """What is wrong with the library here; None if nothing is."""
     built, present = _number(record.library_version), _number(version)
-    name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[record.target]
     if built[:3] == present[:3]:
         return None
     if record.version_compatible and built[:1] == present[:1] and present >= built:
         return None
     return EngineError(
-        f"{record.file} was built with {name} {record.library_version}, {version} is installed",
+        f"{record.file} was built with {name_of(record.target)} {record.library_version}, {version} is installed",
         f"{_AGAIN} build.version_compatible makes engines for later minor releases, too.",
     )
 

@@ -23,7 +23,7 @@ from gpuopt.calibration.readers.base import KINDS_HINT, Feed, Inputs, SampleRead
 from gpuopt.calibration.readers.callables import CALLABLE, CallableReader
 from gpuopt.calibration.readers.folders import NpyFolder, NpzFolder
 from gpuopt.calibration.readers.generated import random_reader
-from gpuopt.calibration.readers.images import IMAGE_SUFFIXES, ImageFolder, ImageOptions
+from gpuopt.calibration.readers.images import IMAGE_SUFFIXES, ImageFolder, ImageOptions, images_per_sample
 from gpuopt.calibration.readers.polygraphy import PolygraphyReader
 from gpuopt.calibration.readers.stacks import NpyFile, NpzFile
 from gpuopt.errors import DataError, UsageError
@@ -35,6 +35,7 @@ __all__ = [
     "ImageOptions",
     "SampleReader",
     "find_beside",
+    "images_per_sample",
     "open_reader",
     "random_reader",
 ]
@@ -47,7 +48,7 @@ def open_reader(
 
     Samples whose rank is one less than the input's get a leading batch axis, except in a stack,
     where every element (or slice, as the input's rank says) is a sample. Where the first axis of an
-    input is a fixed number n above 1, slices of a stack hold n elements and a rest is left over.
+    input is a fixed number n above 1, a sample is n elements of a stack or n images, and a rest is left over.
 
     Args:
         data: a path or `package.module:callable`; a path that exists wins.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class ImageOptions:
         layout: `nchw` or `nhwc`.
         color: `rgb`, `bgr` or `gray`.
         as_bytes: pixels stay 8-bit; `mean`, `std` and `scale` play no part.
+        batch: images that make one sample. None: as many as the input's first axis states, else 1.
 
     Raises:
         UsageError: a value is out of range or unknown.
@@ -52,6 +53,7 @@ class ImageOptions:
     layout: str = "nchw"
     color: str = "rgb"
     as_bytes: bool = False
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -90,12 +92,24 @@ class ImageOptions:
 
 
 class ImageFolder(FolderReader):
-    """Images of any size, for a model with one input of four axes."""
+    """Images of any size, for a model with one input of four axes; a fixed batch of n takes n of them in a sample."""
 
     def __init__(
         self, folder: Path, paths: Sequence[Path], inputs: Inputs, options: ImageOptions | None, limit: int | None
     ) -> None:
-        super().__init__("image", folder, [(path,) for path in paths], inputs, limit)
+        spec = next(iter(inputs.values()), None)
+        batch = (options.batch if options else None) or images_per_sample(inputs.values())
+        if len(paths) < batch:
+            raise DataError(
+                f"{folder} holds {len(paths)} images, fewer than the {batch} of the input's fixed batch",
+                "Give more images, or compile for a smaller batch or an open one.",
+            )
+        rows = [tuple(paths[start : start + batch]) for start in range(0, len(paths) - batch + 1, batch)]
+        super().__init__("image", folder, rows, inputs, limit)
+        self.rest = len(paths) % batch
+        if batch > 1:
+            left = f" ({self.rest} left over)" if self.rest else ""
+            self.description += f" of {batch} images{left}"
         try:
             from PIL import Image, ImageOps
         except ImportError as error:
@@ -106,7 +120,6 @@ class ImageFolder(FolderReader):
         self._name = only_input(
             inputs, f"a folder of images ({folder})", "Give a .npz keyed by input name, or package.module:callable."
         )
-        spec = inputs.get(self._name)
         if spec is not None and len(spec.shape) != 4:
             raise DataError(
                 f"images of {folder} cannot feed input '{self._name}' of shape {format_shape(spec.shape)}",
@@ -140,8 +153,19 @@ class ImageFolder(FolderReader):
         return ", ".join(step for step in steps if step)
 
     def _load(self, row: tuple[Path, ...]) -> Mapping[str, Array]:
-        """One image as float32 or uint8, 1 x C x H x W or 1 x H x W x C."""
-        (path,) = row
+        """Images as float32 or uint8, N x C x H x W or N x H x W x C."""
+        images = [self._image(path) for path in row]
+        for path, image in zip(row, images, strict=True):
+            if image.shape != images[0].shape:
+                sizes = [format_shape(shape) for shape in (image.shape, images[0].shape)]
+                raise DataError(
+                    f"image {path} becomes {sizes[0]}, the first of its batch {sizes[1]}",
+                    "Give the image option crop: the images of a fixed batch have one size.",
+                )
+        return {self._name: np.stack(images)}
+
+    def _image(self, path: Path) -> Array:
+        """One image, C x H x W or H x W x C."""
         options = self._options
         try:
             with self._pillow.open(path) as opened:
@@ -184,7 +208,14 @@ class ImageFolder(FolderReader):
         if not options.as_bytes:
             mean, std = options.statistics()
             pixels = (pixels * np.float32(options.scale) - mean) / std
-        return {self._name: (pixels.transpose(2, 0, 1) if options.layout == "nchw" else pixels)[np.newaxis]}
+        return pixels.transpose(2, 0, 1) if options.layout == "nchw" else pixels
+
+
+def images_per_sample(inputs: Iterable[TensorSpec]) -> int:
+    """How many images make one sample: the batch of a model's only input, where it is fixed, else 1."""
+    shapes = [spec.shape for spec in inputs]
+    batch = shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 4 else 1
+    return batch if isinstance(batch, int) else 1
 
 
 def _options_for(spec: TensorSpec | None) -> ImageOptions:

@@ -24,6 +24,7 @@ from gpuopt.calibration.readers import (
     open_reader,
     random_reader,
 )
+from gpuopt.calibration.reading import data_files
 from gpuopt.errors import DataError, GpuoptError, RequirementError, UsageError
 from gpuopt.shapes import TensorSpec
 from tests.unit.calibration.specs import sample_specs
@@ -479,6 +480,34 @@ def test_image_folder_with_imagenet_defaults(tmp_path):
     assert {(feed.shape, feed.dtype.name) for feed in feeds} == {((1, 3, 8, 8), "float32")}
     pixels = (np.array([255, 128, 0]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(feeds[0][0, :, 3, 3], pixels, rtol=1e-5)
+
+
+def test_a_fixed_batch_takes_as_many_images(tmp_path):
+    for number in range(7):
+        save_image(tmp_path / f"{number}.png", 12, 12, (number * 30,) * 3)
+    fixed = TensorSpec("images", "float32", (3, 3, 8, 8))
+    reader = open_reader(str(tmp_path), [fixed])
+    assert (reader.total, reader.rest) == (2, 1)
+    assert [file.stem for file in reader.files()] == list("012345")
+    assert ", 2 samples of 3 images (1 left over); shorter side 9, crop 8x8" in reader.description
+    feeds = [feed["images"] for feed in reader]
+    assert [feed.shape for feed in feeds] == [(3, 3, 8, 8)] * 2
+    alone = [feed["images"] for feed in open_reader(str(tmp_path), [PICTURE])]
+    np.testing.assert_array_equal(np.concatenate(feeds), np.concatenate(alone)[:6])
+    some = open_reader(str(tmp_path), [fixed], limit=1)
+    assert [file.stem for file in some.files()] == list("012")
+    assert some.files() == data_files(str(tmp_path), 1, images_per_sample=3)
+
+
+def test_a_fixed_batch_has_images_of_one_size_and_enough_of_them(tmp_path):
+    save_image(tmp_path / "0.png", 12, 12)
+    open_sizes = TensorSpec("images", "float32", (2, 3, "H", "W"))
+    text = refusal(DataError, tmp_path, [open_sizes], ImageOptions(resize=12))
+    assert "holds 1 images, fewer than the 2 of the input's fixed batch" in text
+    save_image(tmp_path / "1.png", 14, 12)
+    text = refusal(DataError, tmp_path, [open_sizes], ImageOptions(resize=12))
+    assert "1.png becomes 3x12x14, the first of its batch 3x12x12" in text
+    assert "image option crop" in text
 
 
 def test_image_geometry_is_shorter_side_then_centre(tmp_path):
