@@ -57,7 +57,7 @@ class Worker:
 
         Raises:
             GpuoptError: what the stage raised, or `BuildError` if the process died.
-        TimeLimitError: the command's time is up; the process is ended.
+            TimeLimitError: the command's time is up; the process is ended.
         """
         pipe = self._started()
         try:

@@ -310,7 +310,7 @@ def test_a_task_is_given_up_when_the_last_node_for_it_is_lost(
         tasks = [task("lost", tmp_path, gpu="T4")]
         running = threading.Thread(target=nodes.run, args=(tasks, 2, done.append), daemon=True)
         running.start()
-        wait_for((tmp_path / "rows" / "lost.begun").exists, 120)
+        wait_for(lambda: [process for _, process in workers_at_work(cluster) if stopped(process)], 120)
         cluster.remove_node(cluster.node_of_another_gpu)
         running.join(120)
         assert not running.is_alive()
