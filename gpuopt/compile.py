@@ -24,7 +24,6 @@ from gpuopt.pipeline import (
     check_engine_graph,
     check_provable,
     check_request,
-    images_per_sample,
     is_native,
     model_sha256,
     why_not_provable,
@@ -586,8 +585,7 @@ def _write(
         "environment": report.environment,
     }
     if runner is not None and report.status == "passed":
-        images = images_per_sample(runner.artifact("reference"))
-        materials = materials_of(recipe, runner.sources(), runner.file_sha256, images)
+        materials = materials_of(recipe, runner.sources(), runner.data_read(), runner.file_sha256)
         about[MATERIALS_KEY] = materials_to_json(materials)
         origin = Origin(
             command="compile",

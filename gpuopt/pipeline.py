@@ -271,6 +271,8 @@ class Runner:
         self._artifacts: dict[str, Artifact] = {}
         self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None, int], str | None] = {}
+        self._graph_batch: int | None = None
+        self._data_read: dict[str, tuple[Path, ...] | None] = {}
         self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._started = time.time()
@@ -318,6 +320,10 @@ class Runner:
     def artifact(self, kind: str, target: str = "") -> Artifact | None:
         """The newest artifact of a kind, or a target's own."""
         return (self._of_target.get(target, {}) if target else self._artifacts).get(kind)
+
+    def data_read(self) -> dict[str, tuple[Path, ...] | None]:
+        """By the data's name the files that the finished steps read of it; None where code makes the samples."""
+        return dict(self._data_read)
 
     def file_sha256(self, path: Path) -> str:
         """SHA-256 of a file of data, read once in a run."""
@@ -443,7 +449,7 @@ class Runner:
                 parts["input.calibration ranges"] = sha256_file(ranges)
         elif "data" in stage.sources or "evaluation" in stage.sources:
             kind = "calibration" if "data" in stage.sources else "evaluation"
-            fingerprint = self._hash_once(*self._data(stage), images_per_sample(self._inputs(step).get("reference")))
+            fingerprint = self._hash_once(*self._data(stage), self._images_per_sample(step))
             if fingerprint is None:
                 return None
             parts[f"input.{kind} data"] = fingerprint
@@ -537,6 +543,28 @@ class Runner:
             return calibrate.data, limits.get(stage.name, calibrate.samples)
         return None, None
 
+    def _images_per_sample(self, step: Step) -> int:
+        """Of a folder of images, as many as the stage's reader takes for one sample.
+
+        TensorRT's calibrator feeds the shapes that the engine has. The other stages run the graph, which takes one
+        image where its batch is open, whatever it is compiled for.
+        """
+        from gpuopt import reference
+        from gpuopt.calibration.readers import images_per_sample
+
+        data, found = self._data(step.stage)[0], self._inputs(step)
+        if data is None or "reference" not in found or not Path(data).expanduser().is_dir():
+            return 1
+        compiled = images_per_sample(reference.load(found["reference"].path).inputs)
+        if compiled == 1 or step.stage.name == "build":
+            return compiled
+        if self._graph_batch is None:
+            from gpuopt import onnx_model
+
+            # No stage changes it.
+            self._graph_batch = images_per_sample(onnx_model.stated_inputs(found["onnx"].path))
+        return self._graph_batch
+
     def _hash_once(self, data: str | None, limit: int | None, images: int) -> str | None:
         """`_data_fingerprint`: several stages read the same data, and that may be large."""
         if (data, limit, images) not in self._data_hashes:
@@ -550,17 +578,11 @@ class Runner:
             return "none"
         files = data_files(data, limit, images)
         if files is None:
+            self._data_read[data] = None
             return None
+        self._data_read[data] = tuple(dict.fromkeys((*(self._data_read.get(data) or ()), *files)))
         with storage_errors("read", Path(data)):
             return sha256_json([[os.path.relpath(file, data), self.file_sha256(file)] for file in files])
-
-
-def images_per_sample(stored: Artifact | None) -> int:
-    """Of a folder of images: as many as the fixed batch of the `reference`, one while there is none."""
-    from gpuopt import reference
-    from gpuopt.calibration import readers
-
-    return 1 if stored is None else readers.images_per_sample(reference.load(stored.path).inputs)
 
 
 def _build_machine(recipe: Recipe) -> dict[str, str]:

@@ -63,10 +63,14 @@ def _is_importing() -> bool:
 
 def imported(module: str) -> ModuleType:
     """The user's module, of the current folder, PYTHONPATH or what is installed; what it raises, it raises."""
-    if module.endswith(".py"):
-        raise ModuleNotFoundError(f"{module} is a file's name; the module is called {module.removesuffix('.py')}")
     search_current_folder()
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module or not module.endswith(".py"):
+            raise
+        hint = f"{module} is a file's name; the module is called {module.removesuffix('.py')}"
+        raise ModuleNotFoundError(hint, name=module) from error
 
 
 def _imported_distributions() -> list[str]:

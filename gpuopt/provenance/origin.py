@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -140,15 +140,15 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 def materials_of(
     recipe: Recipe,
     sources: Collection[str],
+    data_read: Mapping[str, Sequence[Path] | None],
     sha256: Callable[[Path], str] = sha256_file,
-    images_per_sample: int = 1,
 ) -> tuple[Material, ...]:
     """What a recipe names as input, hashed.
 
     Args:
         sources: what was read, as stages declare it: `model`, `data`, `evaluation`, `metric`.
+        data_read: by the data's name the files that were read of it; None where code makes the samples.
         sha256: of a file; what has hashed it already may tell.
-        images_per_sample: of a folder of images.
 
     Raises:
         StorageError: a file cannot be read.
@@ -161,10 +161,12 @@ def materials_of(
         path = Path(recipe.model.path)
         with storage_errors("read", path):
             found += [_file("model", file, sha256) for file in files_of(path)]
-    if "data" in sources and calibrate.data is not None:
-        found.append(_data("calibration data", calibrate.data, calibrate.samples, sha256, images_per_sample))
-    if "evaluation" in sources and accuracy.data is not None:
-        found.append(_data("evaluation data", accuracy.data, accuracy.samples, sha256, images_per_sample))
+    for role, source, data in (
+        ("calibration data", "data", calibrate.data),
+        ("evaluation data", "evaluation", accuracy.data),
+    ):
+        if source in sources and data is not None and data in data_read:
+            found.append(_data(role, data, data_read[data], sha256))
     labels = accuracy.labels if "metric" in sources else None
     for role, name in (("labels", labels), ("calibration ranges", calibrate.ranges)):
         # Labels may be the name of an array inside the data.
@@ -208,10 +210,7 @@ def _file(role: str, path: Path, sha256: Callable[[Path], str]) -> Material:
     return Material(role, path.name, {"sha256": sha256(path)}, 1)
 
 
-def _data(role: str, data: str, limit: int | None, sha256: Callable[[Path], str], images_per_sample: int) -> Material:
-    from gpuopt.calibration.reading import data_files
-
-    files = data_files(data, limit, images_per_sample)
+def _data(role: str, data: str, files: Sequence[Path] | None, sha256: Callable[[Path], str]) -> Material:
     if files is None:
         return Material(role, data, {}, 0)
     root = Path(data).expanduser()

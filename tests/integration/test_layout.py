@@ -176,12 +176,39 @@ def test_a_folder_of_images_calibrates_a_fixed_batch(here: Path, gpuopt: Gpuopt)
     calibration = next(stage["facts"] for stage in report["stages"] if stage["name"] == "calibrate")
     assert "4 of 8 samples of 4 images (1 left over)" in calibration["data"]
     materials = json.loads(Path("out.gpuopt/manifest.json").read_text())["materials"]
-    assert [material["files"] for material in materials if material["role"] == "calibration data"] == [16]
+    # Four samples of four to calibrate on, and of the eight that the reference was made of the four that are others.
+    assert [material["files"] for material in materials if material["role"] == "calibration data"] == [20]
     # The last of the first sample's photos counts, the second sample is not read.
     for photo, is_read in (("03", True), ("06", False)):
         Path(f"photos/{photo}.png").write_bytes(Path("photos/32.png").read_bytes())
         cached = {stage["name"]: stage["cached"] for stage in gpuopt(*asked).report()["stages"]}
         assert cached["calibrate"] is not is_read
+
+
+def test_an_open_graph_takes_single_images_whatever_it_is_compiled_for(here: Path, gpuopt: Gpuopt) -> None:
+    save_photos(33)
+    assert gpuopt("compile", "net:make", "-p", "fp32", *SHAPES, "-t", "onnxruntime", "-o", "open.gpuopt").code == 0
+    asked = ("compile", "open.gpuopt/model.onnx", "-p", "int8", "--input", "image:4x3x16x16", "-c", "photos")
+    asked = (*asked, "-t", "onnxruntime", "-o", "out.gpuopt", "--json")
+    report = gpuopt(*asked).report()
+    calibration = next(stage["facts"] for stage in report["stages"] if stage["name"] == "calibrate")
+    assert "photos, 33 samples;" in calibration["data"]
+    # The photo that fills no batch of four.
+    Path("photos/32.png").write_bytes(Path("photos/31.png").read_bytes())
+    assert not {stage["name"]: stage["cached"] for stage in gpuopt(*asked).report()["stages"]}["calibrate"]
+
+
+def test_what_needs_no_images_takes_fewer_than_a_batch(here: Path, gpuopt: Gpuopt) -> None:
+    save_photos(3)
+    asked = ("compile", "net:make", "--input", "image:4x3x16x16", "-c", "photos", "-t", "onnxruntime", "--json")
+    needless = gpuopt(*asked, "-p", "fp32", "-o", "out.gpuopt")
+    assert needless.code == 0, needless.stderr
+    materials = json.loads(Path("out.gpuopt/manifest.json").read_text())["materials"]
+    # The reference was made of them.
+    assert [material["files"] for material in materials if material["role"] == "calibration data"] == [3]
+    needed = gpuopt(*asked, "-p", "int8", "-o", "int8.gpuopt")
+    assert needed.code == 4
+    assert "photos holds 3 images, fewer than the 4 of the input's fixed batch" in needed.stderr
 
 
 def test_the_largest_shape_alone_is_enough_for_images(here: Path, gpuopt: Gpuopt) -> None:

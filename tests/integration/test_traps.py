@@ -157,6 +157,19 @@ def test_a_factory_in_a_program_that_ends_is_an_error_of_the_model(gpuopt: Gpuop
     assert "the factory train:make fails: SystemExit: 2" in result.report()["error"]["message"]
 
 
+def test_a_file_s_name_for_a_module_is_told_unless_a_module_has_it(gpuopt: Gpuopt, tmp_path: Path) -> None:
+    made = "from torch import nn\ndef make():\n    return nn.Linear(8, 4)\n"
+    (tmp_path / "net.py").write_text(made)
+    asked = ("net.py:make", "-p", "fp32", "-i", "input:2x8")
+    refused = compiled(gpuopt, *asked, cwd=tmp_path)
+    assert refused.code == 3
+    assert "net.py is a file's name; the module is called net" in refused.report()["error"]["message"]
+    (tmp_path / "net.py").unlink()
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/py.py").write_text(made)
+    assert compiled(gpuopt, *asked, cwd=tmp_path).code == 0
+
+
 def test_weights_that_a_factory_reads_are_part_of_the_key(gpuopt: Gpuopt, tmp_path: Path) -> None:
     (tmp_path / "fac.py").write_text(
         "import torch\ndef make():\n    m = torch.nn.Linear(8, 4)\n"
@@ -376,9 +389,9 @@ def test_an_inner_folder_that_is_renamed_is_other_data(gpuopt: Gpuopt, tmp_path:
         np.save(folder / name / "0.npy", np.zeros((1, 4), np.int64))
     tree = {"model": {"factory": "a:b"}, "calibrate": {"data": str(folder)}}
     runner = Runner(resolve(tree), Cache(tmp_path / "cache"), Silent(), "run")
-    before = runner._data_fingerprint(str(folder), 512)
+    before = runner._data_fingerprint(str(folder), 512, 1)
     (folder / "idz").rename(folder / "ids")
-    assert runner._data_fingerprint(str(folder), 512) not in (None, before)
+    assert runner._data_fingerprint(str(folder), 512, 1) not in (None, before)
 
 
 def test_a_large_graph_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class SampleReader(ABC):
     Attributes:
         description: one line for the report, such as `npz calibration.npz, 512 of 50000 samples`.
         total: the number of feeds, where it is known without reading the samples.
-        rest: rows at the end of a stack that fill no whole sample.
+        rest: rows at the end of a stack, or images, that fill no whole sample.
     """
 
     def __init__(self, source: str, inputs: Inputs, available: int | None, limit: int | None) -> None:

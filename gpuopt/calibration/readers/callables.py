@@ -69,7 +69,8 @@ def _load_function(data: str) -> Callable[[], Iterable[Any]]:
     except (Exception, SystemExit) as error:
         raise DataError(
             f"calibration data '{data}': importing {module_name} failed: {described(error)}",
-            f"Run python -c 'import {module_name}' in {Path.cwd()}; if a path was meant, it does not exist.",
+            f"Run python -c 'import {module_name.removesuffix('.py')}' in {Path.cwd()}; "
+            "if a path was meant, it does not exist.",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

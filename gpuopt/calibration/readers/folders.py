@@ -27,8 +27,11 @@ class FolderReader(SampleReader):
 
     def _samples(self) -> Iterator[RawSample]:
         for row in self._rows:
-            source = row[0].name if len(row) > 1 else str(row[0].relative_to(self._folder))
-            yield self._load(row), source
+            yield self._load(row), self._source(row)
+
+    def _source(self, row: tuple[Path, ...]) -> str:
+        """What a row is called in messages."""
+        return row[0].name if len(row) > 1 else str(row[0].relative_to(self._folder))
 
     @abstractmethod
     def _load(self, row: tuple[Path, ...]) -> Mapping[str, Array]:

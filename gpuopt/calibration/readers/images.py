@@ -99,7 +99,7 @@ class ImageFolder(FolderReader):
     ) -> None:
         spec = next(iter(inputs.values()), None)
         batch = (options.batch if options else None) or images_per_sample(inputs.values())
-        if len(paths) < batch:
+        if inputs and len(paths) < batch:
             raise DataError(
                 f"{folder} holds {len(paths)} images, fewer than the {batch} of the input's fixed batch",
                 "Give more images, or compile for a smaller batch or an open one.",
@@ -133,6 +133,10 @@ class ImageFolder(FolderReader):
                 "Give the image options resize and crop, for example resize 256 and crop 224.",
             )
         self.description += f"; {self._preparation()}"
+
+    def _source(self, row: tuple[Path, ...]) -> str:
+        first = str(row[0].relative_to(self._folder))
+        return first if len(row) == 1 else f"{first} and {len(row) - 1} more"
 
     @property
     def gives_bytes(self) -> bool:
