@@ -585,7 +585,7 @@ def _write(
         "environment": report.environment,
     }
     if runner is not None and report.status == "passed":
-        materials = materials_of(recipe, runner.sources(), runner.data_read(), runner.file_sha256)
+        materials = materials_of(recipe, runner.sources(), runner.file_sha256, runner.images_per_sample())
         about[MATERIALS_KEY] = materials_to_json(materials)
         origin = Origin(
             command="compile",

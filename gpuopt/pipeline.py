@@ -272,7 +272,6 @@ class Runner:
         self._of_target: dict[str, dict[str, Artifact]] = {}
         self._data_hashes: dict[tuple[str | None, int | None, int], str | None] = {}
         self._graph_batch: int | None = None
-        self._data_read: dict[str, tuple[Path, ...] | None] = {}
         self._file_hashes: dict[Path, str] = {}
         self._key_parts: dict[str, Mapping[str, str]] = {}
         self._started = time.time()
@@ -321,9 +320,9 @@ class Runner:
         """The newest artifact of a kind, or a target's own."""
         return (self._of_target.get(target, {}) if target else self._artifacts).get(kind)
 
-    def data_read(self) -> dict[str, tuple[Path, ...] | None]:
-        """By the data's name the files that the finished steps read of it; None where code makes the samples."""
-        return dict(self._data_read)
+    def images_per_sample(self) -> int:
+        """Of a folder of images, as many as make one sample to calibrate on; one where nothing is calibrated."""
+        return self._images_in(self._artifacts) if self.recipe.precision == "int8" else 1
 
     def file_sha256(self, path: Path) -> str:
         """SHA-256 of a file of data, read once in a run."""
@@ -449,7 +448,7 @@ class Runner:
                 parts["input.calibration ranges"] = sha256_file(ranges)
         elif "data" in stage.sources or "evaluation" in stage.sources:
             kind = "calibration" if "data" in stage.sources else "evaluation"
-            fingerprint = self._hash_once(*self._data(stage), self._images_per_sample(step))
+            fingerprint = self._hash_once(*self._data(stage), self._images_in(self._inputs(step)))
             if fingerprint is None:
                 return None
             parts[f"input.{kind} data"] = fingerprint
@@ -543,20 +542,21 @@ class Runner:
             return calibrate.data, limits.get(stage.name, calibrate.samples)
         return None, None
 
-    def _images_per_sample(self, step: Step) -> int:
-        """Of a folder of images, as many as the stage's reader takes for one sample.
+    def _images_in(self, found: Mapping[str, Artifact]) -> int:
+        """Of a folder of images, as many as readers take for one sample, by the artifacts `reference` and `onnx`.
 
-        TensorRT's calibrator feeds the shapes that the engine has. The other stages run the graph, which takes one
-        image where its batch is open, whatever it is compiled for.
+        TensorRT's calibrator feeds the shapes that the engine has. Stages run the graph, which takes one image where
+        its batch is open, whatever it is compiled for.
         """
         from gpuopt import reference
         from gpuopt.calibration.readers import images_per_sample
 
-        data, found = self._data(step.stage)[0], self._inputs(step)
-        if data is None or "reference" not in found or not Path(data).expanduser().is_dir():
+        calibrate, accuracy = self.recipe.calibrate, self.recipe.accuracy
+        folders = [data for data in (calibrate.data, accuracy.data) if data and Path(data).expanduser().is_dir()]
+        if not folders or "reference" not in found:
             return 1
         compiled = images_per_sample(reference.load(found["reference"].path).inputs)
-        if compiled == 1 or step.stage.name == "build":
+        if compiled == 1 or is_native(self.recipe):
             return compiled
         if self._graph_batch is None:
             from gpuopt import onnx_model
@@ -578,9 +578,7 @@ class Runner:
             return "none"
         files = data_files(data, limit, images)
         if files is None:
-            self._data_read[data] = None
             return None
-        self._data_read[data] = tuple(dict.fromkeys((*(self._data_read.get(data) or ()), *files)))
         with storage_errors("read", Path(data)):
             return sha256_json([[os.path.relpath(file, data), self.file_sha256(file)] for file in files])
 

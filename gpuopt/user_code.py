@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,13 +65,16 @@ def _is_importing() -> bool:
 def imported(module: str) -> ModuleType:
     """The user's module, of the current folder, PYTHONPATH or what is installed; what it raises, it raises."""
     search_current_folder()
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module or not module.endswith(".py"):
-            raise
-        hint = f"{module} is a file's name; the module is called {module.removesuffix('.py')}"
-        raise ModuleNotFoundError(hint, name=module) from error
+    stem = module.removesuffix(".py")
+    if stem != module and not _is_package(stem):
+        # Importing it would run the file first.
+        raise ModuleNotFoundError(f"{module} is a file's name; the module is called {stem}", name=module)
+    return importlib.import_module(module)
+
+
+def _is_package(name: str) -> bool:
+    found = importlib.util.find_spec(name)
+    return found is not None and found.submodule_search_locations is not None
 
 
 def _imported_distributions() -> list[str]:

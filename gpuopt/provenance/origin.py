@@ -140,19 +140,20 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 def materials_of(
     recipe: Recipe,
     sources: Collection[str],
-    data_read: Mapping[str, Sequence[Path] | None],
     sha256: Callable[[Path], str] = sha256_file,
+    images_per_sample: int = 1,
 ) -> tuple[Material, ...]:
     """What a recipe names as input, hashed.
 
     Args:
         sources: what was read, as stages declare it: `model`, `data`, `evaluation`, `metric`.
-        data_read: by the data's name the files that were read of it; None where code makes the samples.
         sha256: of a file; what has hashed it already may tell.
+        images_per_sample: of a folder of images.
 
     Raises:
         StorageError: a file cannot be read.
     """
+    from gpuopt.calibration.reading import data_files
     from gpuopt.model_file import files_of
 
     found = []
@@ -161,12 +162,12 @@ def materials_of(
         path = Path(recipe.model.path)
         with storage_errors("read", path):
             found += [_file("model", file, sha256) for file in files_of(path)]
-    for role, source, data in (
-        ("calibration data", "data", calibrate.data),
-        ("evaluation data", "evaluation", accuracy.data),
-    ):
-        if source in sources and data is not None and data in data_read:
-            found.append(_data(role, data, data_read[data], sha256))
+    if "data" in sources and calibrate.data is not None:
+        files = data_files(calibrate.data, calibrate.samples, images_per_sample)
+        found.append(_data("calibration data", calibrate.data, files, sha256))
+    if "evaluation" in sources and accuracy.data is not None:
+        files = data_files(accuracy.data, accuracy.samples, images_per_sample)
+        found.append(_data("evaluation data", accuracy.data, files, sha256))
     labels = accuracy.labels if "metric" in sources else None
     for role, name in (("labels", labels), ("calibration ranges", calibrate.ranges)):
         # Labels may be the name of an array inside the data.

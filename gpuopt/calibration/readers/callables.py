@@ -67,10 +67,11 @@ def _load_function(data: str) -> Callable[[], Iterable[Any]]:
     try:
         module = user_code.imported(module_name)
     except (Exception, SystemExit) as error:
+        # As `imported` tells of a file's name.
+        called = module_name.removesuffix(".py") if getattr(error, "name", "") == module_name else module_name
         raise DataError(
             f"calibration data '{data}': importing {module_name} failed: {described(error)}",
-            f"Run python -c 'import {module_name.removesuffix('.py')}' in {Path.cwd()}; "
-            "if a path was meant, it does not exist.",
+            f"Run python -c 'import {called}' in {Path.cwd()}; if a path was meant, it does not exist.",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -192,8 +192,7 @@ def test_a_file_a_folder_and_code_are_materials(tmp_path: Path) -> None:
         "accuracy": {"max_drop": 0.01, "data": "package.data:feeds", "labels": str(tmp_path / "labels.npy")},
         "build": {"plugins": [str(tmp_path / "plugin.so"), "libfound_elsewhere.so"]},
     }
-    read = {str(folder): sorted(folder.iterdir()), "package.data:feeds": None}
-    found = origin.materials_of(resolve(tree), {"model", "data", "evaluation", "metric"}, read)
+    found = origin.materials_of(resolve(tree), {"model", "data", "evaluation", "metric"})
     assert [(material.role, material.name, material.files) for material in found] == [
         ("model", "model.pt", 1),
         ("calibration data", "samples", 3),
@@ -207,7 +206,7 @@ def test_a_file_a_folder_and_code_are_materials(tmp_path: Path) -> None:
     assert origin.materials_from_manifest({origin.MATERIALS_KEY: kept}) == found
     assert origin.materials_from_manifest({}) == ()
     # FP16 reads no data, whatever lies beside the model.
-    assert [material.role for material in origin.materials_of(resolve(tree), {"model"}, {})][:2] == [
+    assert [material.role for material in origin.materials_of(resolve(tree), {"model"})][:2] == [
         "model",
         "calibration ranges",
     ]
