@@ -154,7 +154,7 @@ def opset(model: onnx.ModelProto) -> int:
     return next((int(i.version) for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
 
 
-def stated_inputs(folder: Path) -> list[TensorSpec]:
+def inputs_of_artifact(folder: Path) -> list[TensorSpec]:
     """The inputs of an ONNX artifact's graph, whose external data are left alone."""
     return input_specs(onnx.load(str(folder / ONNX_FILE), load_external_data=False))
 

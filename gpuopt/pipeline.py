@@ -562,7 +562,7 @@ class Runner:
             from gpuopt import onnx_model
 
             # No stage changes it.
-            self._graph_batch = images_per_sample(onnx_model.stated_inputs(found["onnx"].path))
+            self._graph_batch = images_per_sample(onnx_model.inputs_of_artifact(found["onnx"].path))
         return self._graph_batch
 
     def _hash_once(self, data: str | None, limit: int | None, images: int) -> str | None:
