@@ -126,10 +126,7 @@ def load(
 
 
 def _best(present: Mapping[EngineTarget, Path], device: int) -> EngineTarget:
-    for kind in ("tensorrt", "tensorrt-rtx"):
-        if kind in present and not environment.why_not_run(kind, device):
-            return kind
-    return "onnxruntime"
+    return next((kind for kind in present if not environment.why_not_run(kind, device)), "onnxruntime")
 
 
 def as_arrays(feeds: Mapping[str, Any], inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:

@@ -63,8 +63,8 @@ def stated_inputs(recipe: Recipe) -> list[TensorSpec]:
     for name, section in recipe.inputs.items():
         shapes = section.range()
         if shapes:
-            axes = [f"dim{axis}" if axis in shapes.dynamic_axes else size for axis, size in enumerate(shapes.opt)]
-            sizes = ("batch", *axes[1:])
+            rest = enumerate(shapes.opt[1:], start=1)
+            sizes = ("batch", *(f"dim{axis}" if axis in shapes.dynamic_axes else size for axis, size in rest))
             spec = TensorSpec(name or "input", section.dtype or "float32", sizes)
             form = form_of_input(recipe.layout, spec.name)
             specs.append(form.spec(spec) if len(sizes) in RANKS else spec)

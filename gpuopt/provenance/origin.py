@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -153,7 +153,6 @@ def materials_of(
     Raises:
         StorageError: a file cannot be read.
     """
-    from gpuopt.calibration.reading import data_files
     from gpuopt.model_file import files_of
 
     found = []
@@ -163,11 +162,9 @@ def materials_of(
         with storage_errors("read", path):
             found += [_file("model", file, sha256) for file in files_of(path)]
     if "data" in sources and calibrate.data is not None:
-        files = data_files(calibrate.data, calibrate.samples, images_per_sample)
-        found.append(_data("calibration data", calibrate.data, files, sha256))
+        found.append(_data("calibration data", calibrate.data, calibrate.samples, sha256, images_per_sample))
     if "evaluation" in sources and accuracy.data is not None:
-        files = data_files(accuracy.data, accuracy.samples, images_per_sample)
-        found.append(_data("evaluation data", accuracy.data, files, sha256))
+        found.append(_data("evaluation data", accuracy.data, accuracy.samples, sha256, images_per_sample))
     labels = accuracy.labels if "metric" in sources else None
     for role, name in (("labels", labels), ("calibration ranges", calibrate.ranges)):
         # Labels may be the name of an array inside the data.
@@ -211,7 +208,10 @@ def _file(role: str, path: Path, sha256: Callable[[Path], str]) -> Material:
     return Material(role, path.name, {"sha256": sha256(path)}, 1)
 
 
-def _data(role: str, data: str, files: Sequence[Path] | None, sha256: Callable[[Path], str]) -> Material:
+def _data(role: str, data: str, limit: int | None, sha256: Callable[[Path], str], images_per_sample: int) -> Material:
+    from gpuopt.calibration.reading import data_files
+
+    files = data_files(data, limit, images_per_sample)
     if files is None:
         return Material(role, data, {}, 0)
     root = Path(data).expanduser()

@@ -159,7 +159,7 @@ def _stated_backend(written: schema.ModelConfig, bundle: Path) -> Backend | None
     stated = written.backend or platforms.get(written.platform, "")
     if stated == "onnxruntime":
         return "onnxruntime"
-    return "tensorrt" if stated == "tensorrt" and any(bundle.glob("*.engine")) else None
+    return "tensorrt" if stated == "tensorrt" and engine_record.find_engine(bundle) else None
 
 
 def _others(model: Served, options: Options, public_key: str | None) -> dict[str, Served]:

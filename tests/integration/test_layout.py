@@ -158,11 +158,11 @@ def test_what_cannot_be_is_a_mistake_of_usage(flags: tuple[str, ...], message: s
     assert not Path("out.gpuopt").exists()
 
 
-def save_photos(count: int, seed: int = 0) -> None:
+def save_photos(count: int) -> None:
     from PIL import Image
 
-    Path("photos").mkdir(exist_ok=True)
-    generator = np.random.default_rng(seed)
+    Path("photos").mkdir()
+    generator = np.random.default_rng(0)
     for index in range(count):
         pixels = generator.integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(f"photos/{index:02}.png")

@@ -65,6 +65,12 @@ class SampleReader(ABC):
             share = "" if self.total == available else f"{self.total} of "
             self.description = f"{source}, {share}{counted(available)}"
 
+    def _leave(self, rest: int) -> None:
+        """Note how many rows fill no whole sample."""
+        self.rest = rest
+        if rest:
+            self.description += f" ({rest} left over)"
+
     def files(self) -> list[Path]:
         """The files that will be read, in reading order: their bytes decide the feeds. None for a callable."""
         return []

@@ -106,10 +106,9 @@ class ImageFolder(FolderReader):
             )
         rows = [tuple(paths[start : start + batch]) for start in range(0, len(paths) - batch + 1, batch)]
         super().__init__("image", folder, rows, inputs, limit)
-        self.rest = len(paths) % batch
         if batch > 1:
-            left = f" ({self.rest} left over)" if self.rest else ""
-            self.description += f" of {batch} images{left}"
+            self.description += f" of {batch} images"
+        self._leave(len(paths) % batch)
         try:
             from PIL import Image, ImageOps
         except ImportError as error:

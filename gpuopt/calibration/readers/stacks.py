@@ -78,9 +78,7 @@ class _StackFile(SampleReader):
                 "Stack as many samples for every input.",
             )
         super().__init__(f"{kind} {label(path)}", inputs, next(iter(counts.values())), limit)
-        self.rest = max(stack.rest for stack in stacks.values())
-        if self.rest:
-            self.description += f" ({self.rest} left over)"
+        self._leave(max(stack.rest for stack in stacks.values()))
         self._path, self._stacks = path, stacks
 
     def files(self) -> list[Path]:
